@@ -1,0 +1,40 @@
+# Sottovoce: `make demo` to see it, `make check` to test it.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := client server shared simulations sottovoce tests
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo check check-all clean
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.simulate ## install, fetch the pinned model and data, run the MovieLens scenario
+	$(BIN)/sottovoce data fetch
+	$(BIN)/sottovoce simulate simulations/scenarios/movielens.toml
+
+check: $(VENV)/.dev ## lint, format, types, fast tests
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+check-all: check ## the same, then the slow tests: real assets, whole runs, a browser
+	$(BIN)/python -m pytest -m slow
+
+clean: ## remove the environment and the tools' caches; runs and fetched assets stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.simulate: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[simulate]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
+	touch $@ $(VENV)/.simulate

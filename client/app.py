@@ -1,0 +1,93 @@
+"""The device's Flower ClientApp: check the request, spend, train, reply."""
+
+import logging
+import time
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.site import open_site
+from client.train import train_shared
+from shared import wire
+from shared.adapter import Arrays, check_arrays
+from shared.errors import CampaignError, PrivacyError, RefusedError
+from shared.noise import seeded_generator
+from shared.policy import Policy
+
+app = ClientApp()
+_log = logging.getLogger("sottovoce.client")
+_STATE = "participation"
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer one request; whatever goes wrong leaves the device as a fixed code (rule P2)."""
+    try:
+        content = _train(message, context)
+    except RefusedError as refusal:
+        content = wire.pack_refusal(refusal.code)
+    except PrivacyError:  # the state to be noised was not finite
+        content = wire.pack_refusal("NOT_FINITE")
+    except Exception as error:
+        # An exception's text may quote a record: only its type and place are logged, only a code is sent.
+        frame = error.__traceback__
+        while frame and frame.tb_next:
+            frame = frame.tb_next
+        place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "unknown place"
+        _log.error("internal error %s at %s", type(error).__name__, place)
+        content = wire.pack_refusal("INTERNAL")
+    return Message(content, reply_to=message)
+
+
+def _train(message: Message, context: Context) -> RecordDict:
+    """One round on one device; nothing of the device's data is read before the round is spent (rule P4)."""
+    if context.node_config.get("simulation") is not True:
+        # The ledger (P4) and cryptographic noise (P6) are not built yet: a real device refuses to train.
+        raise RefusedError("NOT_A_SIMULATION")
+    site = open_site(str(context.run_config["campaign"]))
+    started = time.perf_counter()
+    policy = site.campaign.policy
+    arrays, round_number = _check(message.content, policy)
+    _spend(context, round_number, policy)
+    device = int(context.node_config["partition-id"])
+    features, targets = site.shared_records(device)
+    seed = site.campaign.scenario.seed
+    update = train_shared(
+        site.module,
+        arrays,
+        features,
+        targets,
+        policy=policy,
+        micro_batch=site.campaign.scenario.performance.micro_batch,
+        sampling=seeded_generator(seed=seed, purpose="sampling", device=device, round_number=round_number),
+        noise=seeded_generator(seed=seed, purpose="noise", device=device, round_number=round_number),
+    )
+    site.busy_s += time.perf_counter() - started
+    return wire.pack_reply(update, round_number=round_number, policy_sha256=policy.sha256)
+
+
+def _check(content: RecordDict, policy: Policy) -> tuple[Arrays, int]:
+    """The arrays and round of a request that agrees with the policy this device knows."""
+    try:
+        arrays, round_number, policy_sha256 = wire.unpack(content)
+    except (TypeError, ValueError):
+        raise RefusedError("SCHEMA") from None
+    if policy_sha256 != policy.sha256:
+        raise RefusedError("POLICY")
+    if not 1 <= round_number <= policy.rounds:
+        raise RefusedError("ROUND")
+    try:
+        check_arrays(arrays, policy.array_slots())
+    except CampaignError:
+        raise RefusedError("ARRAYS") from None
+    return arrays, round_number
+
+
+def _spend(context: Context, round_number: int, policy: Policy) -> None:
+    """Count this round against ``max_participations``; rounds only go forward, so none is answered twice."""
+    state = context.state.get(_STATE, ConfigRecord({"count": 0, "last_round": 0}))
+    if round_number <= state["last_round"]:
+        raise RefusedError("ROUND")
+    if state["count"] >= policy.max_participations:
+        raise RefusedError("BUDGET")
+    context.state[_STATE] = ConfigRecord({"count": state["count"] + 1, "last_round": round_number})

@@ -1,0 +1,310 @@
+"""Write personal heads: one ONNX base with empty slots for the whole fleet, and one small adapter per user.
+
+    base/    model.onnx  tokenizer.json  manifest.json         once per fleet, nothing personal in it
+    <user>/  adapter.safetensors  manifest.json                personal data; fills the slots of the base
+
+A slot is an optional input of the graph whose default has rank 0, so that the base alone computes exactly
+what it did before the slots were put in. Nothing takes its place before the device's own runtime has run it,
+from the written files, and agreed with torch.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from client.graph import (
+    build_graph,
+    describe_slot,
+    graph_format,
+    graph_key,
+    list_slots,
+    lora_slot,
+    read_graph,
+    slot_layers,
+    store_graph,
+)
+from client.runtime import (
+    ADAPTER,
+    DEFAULT_BASE,
+    MANIFEST,
+    MODEL,
+    OUTPUT_SLOTS,
+    SCHEMA,
+    TOKENIZER,
+    base_id,
+    open_base,
+    open_head,
+)
+from shared.adapter import Head, pooled_features
+from shared.config import TaskConfig
+from shared.errors import HeadError
+from shared.features import compute_features
+from shared.model import Base
+
+TOLERANCE = 1e-4  # largest absolute difference between torch and ONNX Runtime
+MIN_PROBES = 16
+_PERSONAL_NOTE = (
+    "This head was fitted to one user's data and contains personal data: keep it on the user's device and "
+    "delete it with the user's data. The privacy block covers what left the device during the federation, "
+    "not this file."
+)
+
+
+def export_base(
+    base: Base,
+    folder: Path,
+    *,
+    blocks: Sequence[int],
+    targets: Sequence[str],
+    max_tokens: int,
+    task: TaskConfig,
+    probe_texts: Sequence[str],
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Write the fleet's base: the whole model as one ONNX graph with empty slots.
+
+    Args:
+        base: The frozen base of the campaign.
+        folder: Replaced as a whole at the end, or left as it was.
+        blocks: Absolute numbers of the blocks that get LoRA slots; none for a linear head.
+        targets: Linear layers of a block that get slots, as ``adapter.targets``.
+        max_tokens: Texts are cut after so many tokens.
+        task: Scale of the predictions; without an adapter the base predicts its centre.
+        probe_texts: At least 16 different texts; they are compared and not written.
+        cache: Folder of finished graphs; one made before from the same base and settings is used again.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        HeadError: A block or target does not exist, the graph is too large, empty slots change its outputs,
+            or torch and ONNX Runtime differ. The folder is left as it was.
+
+    Guarantee:
+        With no adapter ``pooled`` equals that of the graph without slots bit for bit on the probe texts, and
+        every prediction is the centre.
+    """
+    probes = _distinct(probe_texts)
+    token_ids = base.tokenize(probes, max_tokens=max_tokens)
+    layers = slot_layers(base, blocks, targets)
+    key = graph_key(base, list(layers), max_tokens, task.centre)
+    model = read_graph(cache, key)
+    if model is None:
+        model = build_graph(base, layers, max_tokens=max_tokens, centre=task.centre, token_ids=token_ids)
+        store_graph(cache, key, model)
+    with _new_folder(folder) as new:
+        (new / MODEL).write_bytes(model)
+        shutil.copyfile(base.folder / "tokenizer.json", new / TOKENIZER)
+        manifest: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "base",
+            "base_sha256": base.sha256,
+            "files": _files(new, MODEL, TOKENIZER),
+            "tokenizer": {"max_tokens": max_tokens},
+            "slots": list_slots(base.hidden_size, layers),
+            "task": {"name": task.name, "low": task.low, "high": task.high, "centre": task.centre},
+            "onnx": graph_format(model),
+        }
+        manifest["id"] = base_id(manifest)
+        _write_json(new / MANIFEST, manifest)
+        pooled, predictions = open_base(new).run(probes)
+        wanted = compute_features(base, probes, head_blocks=0, max_tokens=max_tokens)
+        difference = _compare(
+            pooled, np.stack([wanted.batch([row])[0][0, 0].numpy() for row in range(len(probes))])
+        )
+        if not (predictions == np.float32(task.centre)).all():
+            raise HeadError(
+                f"the base without adapter must predict {task.centre} for every text, "
+                f"got {predictions.tolist()[:3]}; this is a fault of the export, please report it."
+            )
+        manifest["parity"] = {"n_probes": len(probes), "max_abs": difference, "tolerance": TOLERANCE}
+        _write_json(new / MANIFEST, manifest)
+    return manifest
+
+
+def export_head(
+    folder: Path,
+    *,
+    base_folder: Path,
+    head: Head,
+    output_weight: np.ndarray,
+    output_bias: float,
+    user: str,
+    privacy: Mapping[str, object],
+    probe_texts: Sequence[str],
+    created: datetime,
+) -> dict[str, Any]:
+    """Write one user's adapter for an exported base, and prove that the device computes what torch does.
+
+    Args:
+        folder: Replaced as a whole at the end, or left as it was; the base's sibling by convention.
+        base_folder: What ``export_base`` wrote for this head's base, with slots for its blocks and targets.
+        head: Holds the LoRA; its output layer is not read.
+        output_weight: (d,); prediction = pooled features @ weight + bias, before clipping.
+        output_bias: The bias.
+        user: The user's id, written to the manifest.
+        privacy: The claim that belongs to the head's shared part, written as given.
+        probe_texts: At least 16 different texts; they are compared and not written.
+        created: Time of the export, written to the manifest.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        HeadError: The base does not fit the head, the predictions differ from torch's by more than
+            ``TOLERANCE``, or the adapter has no effect although its tensors say otherwise. The folder is left
+            as it was.
+
+    Guarantee:
+        The device's own runtime, reading the written files, agrees with torch on every probe text.
+    """
+    probes = _distinct(probe_texts)
+    fleet = open_base(base_folder)
+    tensors = _adapter_tensors(head, output_weight, output_bias)
+    lora = {name: array for name, array in tensors.items() if name not in OUTPUT_SLOTS}
+    with _new_folder(folder) as new:
+        (new / ADAPTER).write_bytes(save(tensors))
+        manifest: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "adapter",
+            "user": user,
+            "created": created.isoformat(timespec="seconds"),
+            "personal_data": _PERSONAL_NOTE,
+            "base": {
+                "id": fleet.id,
+                "model_sha256": fleet.model_sha256,
+                "base_sha256": head.base[0].sha256,
+                "folder": DEFAULT_BASE,
+            },
+            "files": _files(new, ADAPTER),
+            "rank": max((array.shape[1] for name, array in lora.items() if name.endswith(".A")), default=0),
+            "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
+            "privacy": dict(privacy),
+        }
+        _write_json(new / MANIFEST, manifest)
+        personal = open_head(new, base=fleet)
+        predictions = personal.raw(probes)
+        difference = _compare(
+            predictions, _torch_predictions(head, base_folder, probes, output_weight, output_bias)
+        )
+        without_lora = {name: tensors[name] for name in OUTPUT_SLOTS}
+        _check_active(
+            predictions, fleet.run(probes)[1], active=_output_differs(tensors, head.centre), what="head"
+        )
+        pooled, bare = (fleet.run(probes, adapter=part)[0] for part in (tensors, without_lora))
+        _check_active(pooled, bare, active=_lora_differs(lora), what="LoRA")
+        manifest["parity"] = {"n_probes": len(probes), "max_abs": difference, "tolerance": TOLERANCE}
+        _write_json(new / MANIFEST, manifest)
+    return manifest
+
+
+def _torch_predictions(
+    head: Head, base_folder: Path, probes: Sequence[str], output_weight: np.ndarray, output_bias: float
+) -> np.ndarray:
+    """The reference (n,) in torch, unclipped, from the texts on."""
+    max_tokens = json.loads((base_folder / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]["max_tokens"]
+    features = compute_features(head.base[0], probes, head_blocks=len(head.blocks), max_tokens=max_tokens)
+    predictions: np.ndarray = pooled_features(head, features).astype(np.float64) @ output_weight + output_bias
+    return predictions
+
+
+def _compare(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest absolute difference between ONNX Runtime and torch, or HeadError."""
+    difference = float(np.abs(found.astype(np.float64) - wanted).max())
+    if not difference <= TOLERANCE:
+        raise HeadError(
+            f"ONNX Runtime and torch must agree within {TOLERANCE} on the probe texts, got {difference:.3g}; "
+            "nothing was written. Export the base again; if that does not help, please report it."
+        )
+    return difference
+
+
+def _check_active(personal: np.ndarray, bare: np.ndarray, *, active: bool, what: str) -> None:
+    """An adapter that should change something does, on at least one text."""
+    if active and np.array_equal(personal, bare):
+        raise HeadError(
+            f"the {what}'s tensors must change the base's outputs on the probe texts, "
+            "got the same to the last bit; nothing was written. "
+            "The tensors are too small for float32, or the base ignores them."
+        )
+
+
+def _output_differs(tensors: Mapping[str, np.ndarray], centre: float) -> bool:
+    weight, bias = (tensors[name] for name in OUTPUT_SLOTS)
+    return bool(weight.any() or bias[0] != np.float32(centre))
+
+
+def _lora_differs(lora: Mapping[str, np.ndarray]) -> bool:
+    return any((a @ lora[name[:-1] + "B"]).any() for name, a in lora.items() if name.endswith(".A"))
+
+
+def _adapter_tensors(head: Head, output_weight: np.ndarray, output_bias: float) -> dict[str, np.ndarray]:
+    """Slot name -> float32 array: LoRA transposed to x @ A @ B, its scaling in B; and the output layer."""
+    if output_weight.shape != (head.base[0].hidden_size,):
+        raise HeadError(
+            f"output_weight must have shape ({head.base[0].hidden_size},), got {output_weight.shape}."
+        )
+    tensors = {
+        "output.weight": np.ascontiguousarray(output_weight[:, None], dtype=np.float32),
+        "output.bias": np.array([output_bias], dtype=np.float32),
+    }
+    for name, module in head.blocks.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        block, _, target = name.partition(".")
+        a = module.lora_A["default"].weight.detach().numpy()  # (r, K)
+        b = module.lora_B["default"].weight.detach().numpy()  # (N, r)
+        scaling = np.float32(module.scaling["default"])
+        slot = lora_slot(head.first_block + int(block), target)
+        tensors[f"{slot}.A"] = np.ascontiguousarray(a.T)
+        tensors[f"{slot}.B"] = np.ascontiguousarray(b.T * scaling)
+    return dict(sorted(tensors.items()))
+
+
+def _distinct(probe_texts: Sequence[str]) -> list[str]:
+    probes = list(dict.fromkeys(probe_texts))
+    if not len(probes) >= MIN_PROBES:
+        raise HeadError(f"probe_texts must hold at least {MIN_PROBES} different texts, got {len(probes)}.")
+    return probes
+
+
+def _files(folder: Path, *names: str) -> dict[str, Any]:
+    contents = {name: (folder / name).read_bytes() for name in names}
+    return {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden sibling that takes the folder's place at the end, or vanishes when anything goes wrong."""
+    if (
+        folder.exists()
+        and not (folder / MANIFEST).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise HeadError(
+            f"{folder} must be new, empty or an earlier export, got something else; choose another folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{state}") for state in ("new", "old"))
+    new.mkdir(mode=0o700)
+    try:
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)

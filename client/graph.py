@@ -1,0 +1,252 @@
+"""The base as one ONNX graph with empty slots, traced by torch, and a cache of such graphs."""
+
+import ast
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from client.runtime import open_session, run_session
+from shared.errors import HeadError
+from shared.model import Base
+
+_OPSET = 20
+_GRAPH_VERSION = 1  # raise when the graph this module makes changes: it names the cached graphs
+_MAX_MODEL_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB
+
+
+def lora_slot(block: int, target: str) -> str:
+    return f"lora.block.{block}.{target}"
+
+
+def slot_layers(base: Base, blocks: Sequence[int], targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """Slot -> the linear layer it belongs to."""
+    layers = {}
+    for number in sorted(set(blocks)):
+        if not 0 <= number < base.num_blocks:
+            raise HeadError(
+                f"blocks must lie between 0 and {base.num_blocks - 1} for this base, got {number}."
+            )
+        modules = dict(base.family.blocks(base.model)[number].named_modules())
+        for target in sorted(set(targets)):
+            layer = modules.get(target)
+            if not isinstance(layer, nn.Linear):
+                known = sorted(name for name, module in modules.items() if isinstance(module, nn.Linear))
+                raise HeadError(
+                    f"targets must name linear layers of a block ({', '.join(known)}), got {target!r}."
+                )
+            layers[lora_slot(number, target)] = layer
+    return layers
+
+
+def describe_slot(name: str, shape: Sequence[int | str]) -> dict[str, Any]:
+    return {"name": name, "shape": list(shape), "dtype": "float32"}
+
+
+def list_slots(width: int, layers: Mapping[str, nn.Linear]) -> list[dict[str, Any]]:
+    """Every optional input. One rank symbol per layer: ONNX Runtime plans equal sizes for a shared one."""
+    found = [describe_slot("output.weight", (width, 1)), describe_slot("output.bias", (1,))]
+    for slot, layer in layers.items():
+        rank = f"rank.{slot}"
+        found += [
+            describe_slot(f"{slot}.A", (layer.in_features, rank)),
+            describe_slot(f"{slot}.B", (rank, layer.out_features)),
+        ]
+    return found
+
+
+class PooledBase(nn.Module):
+    """The whole base as one function of token ids (B, T) and mask (B, T)."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.base = (base,)
+        self.model = base.model  # registered, so that the graph's nodes carry its modules' names
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        (base,) = self.base
+        return base.backbone(input_ids, attention_mask.bool(), head_blocks=0)[:, 0]  # (B, d)
+
+
+def build_graph(
+    base: Base,
+    layers: Mapping[str, nn.Linear],
+    *,
+    max_tokens: int,
+    centre: float,
+    token_ids: Sequence[Sequence[int]],
+) -> bytes:
+    """Trace the base, put the slots in, and show that they change nothing while they are empty."""
+    graph = _trace(PooledBase(base), max_tokens=max_tokens)
+    if not graph.ByteSize() < _MAX_MODEL_BYTES:
+        raise HeadError(
+            f"the base must fit one ONNX file of 2 GiB, got {graph.ByteSize() / 2**30:.1f} GiB; "
+            "use a smaller base."
+        )
+    plain = graph.SerializeToString()
+    _insert_slots(graph, base, layers, centre=centre)
+    _strip_metadata(graph)
+    slotted: bytes = graph.SerializeToString()
+    before, after = (
+        run_session(open_session(model, threads=1), token_ids, {}, ["pooled"])[0]
+        for model in (plain, slotted)
+    )
+    if not np.array_equal(before, after):
+        raise HeadError(
+            "empty slots must not change the base's outputs, but they do in the last bits on this machine; "
+            "nothing was written. Please report it with your onnxruntime version."
+        )
+    return slotted
+
+
+def _trace(model: PooledBase, *, max_tokens: int) -> onnx.ModelProto:
+    """The ONNX graph for any number of texts of up to ``max_tokens`` tokens."""
+    token_ids = torch.ones(2, 5, dtype=torch.int64)  # sizes 0 and 1 would be taken for constants
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=max_tokens)}
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            model.eval(),
+            (token_ids, mask),
+            dynamo=True,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["pooled"],
+            dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+            opset_version=_OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise HeadError("torch.onnx.export must return a program, got none; check the version of torch.")
+    graph: onnx.ModelProto = program.model_proto
+    return graph
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence what the exporter says about itself, by the words it uses, and nothing else."""
+    logger = logging.getLogger(
+        "torch.onnx._internal.exporter._registration"
+    )  # "torchvision is not installed"
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            warnings.filterwarnings("ignore", message=r"# The axis name: \w+ will not be used")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _insert_slots(
+    graph_model: onnx.ModelProto, base: Base, layers: Mapping[str, nn.Linear], *, centre: float
+) -> None:
+    """Add x @ A @ B beside every layer's product, and the output layer after the pooling, in place."""
+    graph = graph_model.graph
+    module_names = {module: name for name, module in PooledBase(base).named_modules()}
+    by_module = {module_names[layer]: (slot, layer) for slot, layer in layers.items()}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes, done = [], []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type != "MatMul" or node.input[1] not in weights:
+            continue
+        for name in by_module.keys() & set(_name_scopes(node)):
+            slot, layer = by_module[name]
+            weight = numpy_helper.to_array(weights[node.input[1]])  # (K, N)
+            if not np.array_equal(weight, layer.weight.detach().numpy().T):
+                continue
+            out = node.output[0]
+            node.output[0] = f"{slot}.base"
+            nodes += [
+                helper.make_node("MatMul", [node.input[0], f"{slot}.A"], [f"{slot}.xA"]),
+                helper.make_node("MatMul", [f"{slot}.xA", f"{slot}.B"], [f"{slot}.xAB"]),
+                helper.make_node("Add", [f"{slot}.base", f"{slot}.xAB"], [out]),
+            ]
+            done.append(slot)
+    if sorted(done) != sorted(layers):
+        wrong = sorted(slot for slot in layers if done.count(slot) != 1)
+        raise HeadError(
+            f"every slot must find its one product in the graph, got none or several for {', '.join(wrong)}; "
+            "this version of torch exports them otherwise."
+        )
+    nodes += [
+        helper.make_node("MatMul", ["pooled", "output.weight"], ["output.product"]),
+        helper.make_node("Add", ["output.product", "output.bias"], ["prediction"]),
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.output.append(helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["texts", 1]))
+    for item in list_slots(base.hidden_size, layers):
+        default = np.zeros([0 if isinstance(size, str) else size for size in item["shape"]], dtype=np.float32)
+        if item["name"] == "output.bias":
+            default[:] = centre
+        graph.input.append(helper.make_tensor_value_info(item["name"], TensorProto.FLOAT, item["shape"]))
+        graph.initializer.append(numpy_helper.from_array(default, item["name"]))
+
+
+def _name_scopes(node: onnx.NodeProto) -> list[str]:
+    """Names of the modules a node was traced in, outermost first."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            return [str(name) for name in ast.literal_eval(entry.value)]
+    return []
+
+
+def _strip_metadata(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes on the side: its stack traces name files and folders of this machine."""
+    graph = model.graph  # its value_info stays: without those shapes ONNX Runtime fuses fewer nodes
+    values = (*graph.input, *graph.output, *graph.value_info)
+    for item in (model, graph, *graph.node, *graph.initializer, *values):
+        del item.metadata_props[:]
+        item.doc_string = ""
+
+
+def graph_format(model: bytes) -> dict[str, Any]:
+    """What a runtime must understand to open the model."""
+    graph = onnx.load_model_from_string(model)
+    return {"opset": graph.opset_import[0].version, "ir": graph.ir_version}
+
+
+def graph_key(base: Base, slots: Sequence[str], max_tokens: int, centre: float) -> str:
+    """Names a graph by all that decides its bytes."""
+    versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript")]
+    decisive = [_GRAPH_VERSION, _OPSET, versions, base.sha256, list(slots), max_tokens, centre]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:24]
+
+
+def read_graph(cache: Path | None, key: str) -> bytes | None:
+    """A graph made before, or None where there is none or its bytes are not those that were stored."""
+    if cache is None:
+        return None
+    try:
+        wanted = (cache / f"{key}.sha256").read_text(encoding="ascii")
+        model = (cache / f"{key}.onnx").read_bytes()
+    except OSError:
+        return None
+    return model if hashlib.sha256(model).hexdigest() == wanted else None
+
+
+def store_graph(cache: Path | None, key: str, model: bytes) -> None:
+    if cache is None:
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        (f"{key}.onnx", model),
+        (f"{key}.sha256", hashlib.sha256(model).hexdigest().encode()),
+    ):
+        temporary = cache / f".{name}.{os.getpid()}"
+        temporary.write_bytes(content)
+        temporary.replace(cache / name)

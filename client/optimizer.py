@@ -1,0 +1,85 @@
+"""Where clipping, noise and the policy's constants meet: one noisy step of DP-SGD, and the plain step without privacy."""
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from shared.clipping import clipped_sum
+from shared.noise import add_gaussian_noise
+from shared.policy import Policy
+
+
+class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' optimizer with every constant taken from the policy.
+
+    It differs from its parent where that one takes a constant from private data or falls over: the denominator is the
+    policy's and counts no micro-batch, a sample with a NaN gradient contributes zero, an empty batch still takes a
+    noisy step, micro-batches are added into one clipped sum, and a trainable tensor without a per-sample gradient stops
+    the step. ``accumulate`` once per micro-batch (or not at all), then ``step`` once.
+
+    Args:
+        parameters: What trains; all of them are clipped as one vector.
+        policy: Clip norm C, noise multiplier z, denominator B.
+        generator: Source of the noise.
+
+    Guarantee:
+        One step moves the parameters by -lr (S + N(0, (zC)^2 I)) / B, where adding or removing one record changes S by
+        at most C in L2 norm.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with B a constant in place of the lot size.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: torch.Generator) -> None:
+        super().__init__(
+            torch.optim.SGD(parameters, lr=policy.learning_rate),
+            noise_multiplier=policy.noise_multiplier,
+            max_grad_norm=policy.clip_norm,
+            expected_batch_size=policy.denominator,
+            generator=generator,
+        )
+
+    def accumulate(self) -> None:
+        """Clip the per-sample gradients of one micro-batch and add them to the step's sum."""
+        sums = clipped_sum(self.grad_samples, clip_norm=self.max_grad_norm)
+        for parameter, clipped in zip(self.params, sums, strict=True):
+            so_far = parameter.summed_grad
+            parameter.summed_grad = clipped if so_far is None else so_far + clipped
+            parameter.grad_sample = None
+            parameter.grad = None
+
+    def step(self, closure: None = None) -> None:
+        """Add the noise, divide by the constant, move the parameters, forget everything."""
+        for parameter in self.params:
+            total = (
+                parameter.summed_grad if parameter.summed_grad is not None else torch.zeros_like(parameter)
+            )
+            stddev = self.noise_multiplier * self.max_grad_norm
+            noised = add_gaussian_noise(total, stddev=stddev, generator=self.generator)
+            parameter.grad = noised / self.expected_batch_size
+        self.original_optimizer.step()
+        for parameter in self.params:
+            parameter.grad_sample = parameter.summed_grad = parameter.grad = None
+
+
+class PlainOptimizer:
+    """The same step without clipping and noise, for trust ``none``: summed gradient over the same constant."""
+
+    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: torch.Generator) -> None:
+        del generator  # nothing is drawn; the signature is the one of PolicyOptimizer
+        self._sgd = torch.optim.SGD(parameters, lr=policy.learning_rate)
+        self._parameters, self._denominator = parameters, policy.denominator
+
+    def accumulate(self) -> None:
+        """Autograd has already added the micro-batch to the gradient."""
+
+    def step(self) -> None:
+        """Divide by the constant, move the parameters, forget the gradient."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad /= self._denominator
+        self._sgd.step()
+        self._sgd.zero_grad()
+
+
+OPTIMIZERS = {"local": PolicyOptimizer, "none": PlainOptimizer}

@@ -1,0 +1,98 @@
+"""The local training step, differential privacy included, on one screen."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from opacus import GradSampleModule
+from torch import Tensor
+
+from client.optimizer import OPTIMIZERS
+from shared.adapter import Arrays, Head, load_shared, read_shared, shared_parameters
+from shared.clipping import clip_by_norm
+from shared.errors import RefusedError
+from shared.features import Features
+from shared.policy import Policy
+
+
+def make_trainable(head: Head, policy: Policy) -> GradSampleModule | Head:
+    """Give the head per-sample gradients where the policy needs them. Once per process: hooks are not free."""
+    head.train()  # Opacus records activations in this mode only; the head has no dropout that it could switch on
+    return GradSampleModule(head, loss_reduction="sum") if policy.trust != "none" else head
+
+
+def train_shared(
+    module: GradSampleModule | Head,
+    start: Arrays,
+    features: Features,
+    targets: Tensor,
+    *,
+    policy: Policy,
+    micro_batch: int,
+    sampling: torch.Generator,
+    noise: torch.Generator,
+) -> Arrays:
+    """Take the policy's noisy steps from the server's arrays and return the change, and nothing else.
+
+    Args:
+        module: The head, from ``make_trainable``; its trainable tensors are overwritten.
+        start: The shared arrays of the request.
+        features: Backbone outputs of this device's records (n of them, 0 is allowed).
+        targets: (n,) float32.
+        policy: All constants; nothing is taken from n.
+        micro_batch: Records per forward pass; does not change the sum.
+        sampling: Source of the Poisson draws.
+        noise: Source of the noise.
+
+    Returns:
+        Slot name -> change after ``policy.steps`` steps, of L2 norm at most ``policy.max_update_norm``.
+
+    Raises:
+        RefusedError: The noised state is not finite.
+
+    Guarantee:
+        Releasing the change is ``policy.steps`` steps of the (Poisson-subsampled) Gaussian mechanism on the records.
+    """
+    head = module._module if isinstance(module, GradSampleModule) else module
+    load_shared(head, start)
+    optimizer = OPTIMIZERS[policy.trust](list(shared_parameters(head).values()), policy, noise)
+    for _ in range(policy.steps):
+        rows = _draw(len(targets), policy.sampling_rate, sampling)
+        for batch in _micro_batches(rows, features.lengths, micro_batch):
+            hidden, mask = features.batch(batch)  # (B, T, d), (B, T)
+            errors = module(hidden, mask) - targets[batch]  # (B,)
+            loss = 0.5 * (errors**2).sum()  # a sum of per-sample losses: no sample touches another's gradient
+            with _quiet_hooks():
+                loss.backward()
+            optimizer.accumulate()
+        optimizer.step()
+    update = {name: after - start[name] for name, after in read_shared(head).items()}
+    if not all(np.isfinite(change).all() for change in update.values()):
+        raise RefusedError("NOT_FINITE")
+    if policy.max_update_norm is None:
+        return update
+    return clip_by_norm(update, clip_norm=policy.max_update_norm)[0]
+
+
+@contextmanager
+def _quiet_hooks() -> Iterator[None]:
+    """Frozen inputs need no gradient: that is the point of the cut, and torch warns of it at every backward."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+        yield
+
+
+def _draw(count: int, rate: float, generator: torch.Generator) -> np.ndarray:
+    """Each record independently with probability ``rate``; all of them at 1. Empty draws are legal and must happen."""
+    if rate == 1.0:
+        return np.arange(count)
+    return np.flatnonzero(torch.rand(count, generator=generator, dtype=torch.float64).numpy() < rate)
+
+
+def _micro_batches(rows: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Cut the drawn rows, sorted by length so that padding stays small; order does not change a sum."""
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

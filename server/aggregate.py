@@ -1,0 +1,103 @@
+"""Aggregation: pure functions from accepted updates to the next shared arrays."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared.adapter import Arrays
+from shared.config import FederationConfig
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What a server optimiser carries from round to round: steps taken, first and second moments (float64)."""
+
+    step: int = 0
+    first: Mapping[str, np.ndarray] = field(default_factory=dict)
+    second: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def mean_update(updates: Iterable[Mapping[str, np.ndarray]], *, denominator: int) -> dict[str, np.ndarray]:
+    """Sum updates with equal weights and divide by a public constant.
+
+    Args:
+        updates: One mapping a device, all with the same names and shapes.
+        denominator: The policy's cohort size, however many replied: dividing by the replies would let one device's
+            presence change everyone's weight (rule P2).
+
+    Returns:
+        Slot name -> float64 array.
+
+    Raises:
+        ValueError: There is no update.
+
+    Example:
+        >>> mean_update([{"w": np.ones(2)}, {"w": np.full(2, 3.0)}], denominator=4)["w"].tolist()
+        [1.0, 1.0]
+    """
+    total: dict[str, np.ndarray] = {}
+    for update in updates:
+        for name, array in update.items():
+            total[name] = total.get(name, 0.0) + array.astype(np.float64)
+    if not total:
+        raise ValueError("a mean needs at least one update, got none.")
+    return {name: array / denominator for name, array in total.items()}
+
+
+def momentum_step(
+    arrays: Arrays, state: OptimizerState, update: Mapping[str, np.ndarray], federation: FederationConfig
+) -> tuple[Arrays, OptimizerState]:
+    """Move the shared arrays along the mean update with momentum.
+
+    Args:
+        arrays: The shared arrays, float32.
+        state: ``first`` is the velocity; empty mappings before the first round.
+        update: The mean update, float64.
+        federation: ``server_learning_rate``, ``lora_learning_rate_factor`` and ``server_momentum``.
+
+    Returns:
+        The next arrays and the next state.
+
+    Source:
+        FedAvgM, Hsu et al. 2019, arXiv:1909.06335, Algorithm 1.
+    """
+    first = {name: federation.server_momentum * state.first.get(name, 0.0) + update[name] for name in arrays}
+    return _move(arrays, first, federation), OptimizerState(state.step + 1, first, {})
+
+
+def adam_step(
+    arrays: Arrays, state: OptimizerState, update: Mapping[str, np.ndarray], federation: FederationConfig
+) -> tuple[Arrays, OptimizerState]:
+    """Move the shared arrays by Adam, with bias correction; parameters as in ``momentum_step``.
+
+    Noise is the same in every coordinate and signal is not, so a step per coordinate is worth more here than without
+    privacy. Like momentum it reads only what was already released: post-processing, no cost in privacy.
+
+    Source:
+        FedAdam, Reddi et al. 2021, arXiv:2003.00295, Algorithm 2, with the bias correction of Kingma & Ba 2015.
+    """
+    beta1, beta2 = federation.server_momentum, federation.adam_beta2
+    step = state.step + 1
+    first = {n: beta1 * state.first.get(n, 0.0) + (1 - beta1) * update[n] for n in arrays}
+    second = {n: beta2 * state.second.get(n, 0.0) + (1 - beta2) * update[n] ** 2 for n in arrays}
+    direction = {
+        name: (first[name] / (1 - beta1**step))
+        / (np.sqrt(second[name] / (1 - beta2**step)) + federation.adam_epsilon)
+        for name in arrays
+    }
+    return _move(arrays, direction, federation), OptimizerState(step, first, second)
+
+
+def _move(arrays: Arrays, direction: Mapping[str, np.ndarray], federation: FederationConfig) -> Arrays:
+    rate = federation.server_learning_rate
+    rates = {
+        name: rate if name.startswith("output.") else rate * federation.lora_learning_rate_factor
+        for name in arrays
+    }
+    return {
+        name: (array + rates[name] * direction[name]).astype(np.float32) for name, array in arrays.items()
+    }
+
+
+SERVER_OPTIMIZERS = {"momentum": momentum_step, "adam": adam_step}

@@ -1,0 +1,61 @@
+"""Checks on one reply before anything is done with it: a bad one loses that device only, never the round."""
+
+import numpy as np
+from flwr.app import Message
+
+from shared import wire
+from shared.adapter import Arrays
+from shared.policy import Policy
+
+_ROUNDING = 1.001  # a device computes its norm in float32
+
+
+class RejectedReply(Exception):  # noqa: N818 - an outcome, not an error
+    """A reply that is not used; ``code`` is counted in the report."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def check_reply(message: Message, *, policy: Policy, policy_sha256: str, round_number: int) -> Arrays:
+    """The update of a reply that is exactly what the policy allows.
+
+    Args:
+        message: A reply of any content whatsoever.
+        policy: The campaign's policy.
+        policy_sha256: Its hash, computed once.
+        round_number: The round being collected.
+
+    Raises:
+        RejectedReply: With the device's own refusal code, or ``SCHEMA``, ``ROUND``, ``POLICY``, ``KEYS``, ``DTYPE``,
+            ``SHAPE``, ``NOT_FINITE``, ``NORM``.
+    """
+    refusal = wire.refusal_code(message)
+    if refusal is not None:
+        raise RejectedReply(refusal)
+    limit = sum(4 * int(np.prod(slot.shape)) + 1024 for slot in policy.array_slots())
+    try:
+        if wire.array_bytes(message.content) > limit:
+            raise RejectedReply("SIZE")
+        update, replied_round, replied_policy = wire.unpack(message.content)
+    except (TypeError, ValueError, EOFError):
+        raise RejectedReply("SCHEMA") from None
+    if replied_round != round_number:
+        raise RejectedReply("ROUND")
+    if replied_policy != policy_sha256:
+        raise RejectedReply("POLICY")
+    slots = policy.array_slots()
+    if list(update) != [slot.name for slot in slots]:
+        raise RejectedReply("KEYS")
+    for slot in slots:
+        if update[slot.name].dtype != np.dtype(slot.dtype):
+            raise RejectedReply("DTYPE")
+        if update[slot.name].shape != slot.shape:
+            raise RejectedReply("SHAPE")
+        if not np.isfinite(update[slot.name]).all():
+            raise RejectedReply("NOT_FINITE")
+    norm = float(np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in update.values())))
+    if policy.max_update_norm is not None and not norm <= policy.max_update_norm * _ROUNDING:
+        raise RejectedReply("NORM")
+    return update

@@ -1,0 +1,376 @@
+"""Price in epsilon what one device releases over a campaign, find the noise for a target, say it in words."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+from shared.errors import PrivacyError
+
+MAX_EPSILON = 200.0  # beyond it nothing is promised: priced as infinite, refused as a target
+_MIN_NOISE_MULTIPLIER = 0.05  # one release at MAX_EPSILON needs .06
+_MAX_NOISE_MULTIPLIER = 1e9
+_TOLERANCE = 2e-3  # relative: calibrated epsilon below its target, and noise above the smallest
+_GRID_STEPS = 1e5  # a grid finer than epsilon / 1e5 costs seconds and changes the sixth digit
+
+RELATION = "one record added or removed"
+TRUST = {"local": "nobody (local noise on each device)", "none": "everyone"}
+NOISE = {
+    "seeded": "this is what a deployment with these settings would spend; this simulation's noise is seeded, "
+    "its seeds are in the run folder",
+    "none": "none",
+}
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What one device releases over a campaign: a clipped sum plus Gaussian noise, several times a round.
+
+    Args:
+        noise_multiplier: Noise stddev divided by the clip bound; finite and > 0.
+        sampling_rate: Chance that a record enters a step, independently of all else (Poisson); in (0, 1].
+        steps: Noisy steps per round.
+        max_participations: Rounds one device may join in the whole campaign.
+
+    Raises:
+        PrivacyError: A value is impossible; the message names the scenario's key.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    max_participations: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise PrivacyError(
+                f"noise_multiplier must be finite and > 0, got {self.noise_multiplier}. Calibrate it."
+            )
+        if not 0 < self.sampling_rate <= 1:
+            raise PrivacyError(
+                f"privacy.sampling_rate must be in (0, 1], got {self.sampling_rate}. "
+                "1 takes every record in every step."
+            )
+        _check_count("training.steps", self.steps)
+        _check_count("privacy.max_participations", self.max_participations)
+
+    @property
+    def releases(self) -> int:
+        """Noisy steps over the whole campaign."""
+        return self.steps * self.max_participations
+
+
+def epsilon(mechanism: Mechanism, *, delta: float, discretization: float = 1e-4) -> float:
+    """Price a campaign by its privacy loss distribution.
+
+    Args:
+        mechanism: What one device releases.
+        delta: In (0, 1); below 1e-12 the price turns pessimistic, then infinite.
+        discretization: Grid of the privacy loss; epsilon / 100,000 is used where that is coarser.
+
+    Returns:
+        An epsilon the campaign satisfies with ``delta``, records added or removed; ``inf`` above 200 and where
+        the noise multiplier is below .05.
+
+    Raises:
+        PrivacyError: ``delta`` or ``discretization`` is impossible.
+
+    Guarantee:
+        Not below the true epsilon, since a coarser grid only raises it. One step more never lowers it.
+
+    Source:
+        Google dp-accounting; Doroshenko et al. 2022, arXiv:2207.04380 (connect the dots).
+    """
+    _check_delta(delta)
+    if not (math.isfinite(discretization) and discretization > 0):
+        raise PrivacyError(f"discretization must be finite and > 0, got {discretization}. 1e-4 is usual.")
+    return _refined_price(mechanism, delta, discretization)
+
+
+def epsilon_by_participation(mechanism: Mechanism, *, delta: float) -> list[float]:
+    """Price the campaign after each round a device joins, for a curve.
+
+    Args:
+        mechanism: What one device releases.
+        delta: In (0, 1).
+
+    Returns:
+        Epsilon after 1, 2, ... ``max_participations`` rounds. The last equals ``epsilon``; the others come from
+        a coarser grid and lie up to .001 high.
+
+    Raises:
+        PrivacyError: ``delta`` is impossible.
+    """
+    total = epsilon(mechanism, delta=delta)
+    after = [replace(mechanism, max_participations=k) for k in range(1, mechanism.max_participations + 1)]
+    if not math.isfinite(total):
+        return [epsilon(campaign, delta=delta) for campaign in after]
+    grid = min(1e-3, max(1e-4, total / 1e4)) if total < 20 else total / 2e4
+    if mechanism.sampling_rate == 1:
+        return [min(_price(campaign, delta, grid), total) for campaign in after]
+    one_round = _distribution(after[0], grid)
+    composed, curve = one_round, [total]
+    for _ in after[1:]:  # the last is known
+        curve.insert(-1, min(float(composed.get_epsilon_for_delta(delta)), total))
+        composed = composed.compose(one_round)
+    return curve
+
+
+def calibrate_noise(
+    *, epsilon: float, delta: float, sampling_rate: float, steps: int, max_participations: int
+) -> float:
+    """Find the smallest noise multiplier whose certified epsilon is within the target.
+
+    Args:
+        epsilon: Target for the whole campaign; in (0, 200].
+        delta: In (0, 1), and below the chance that a record is sampled at all.
+        sampling_rate: See ``Mechanism``.
+        steps: See ``Mechanism``.
+        max_participations: See ``Mechanism``.
+
+    Returns:
+        The noise multiplier, at most .2 % above the smallest one the accountant certifies.
+
+    Raises:
+        PrivacyError: An impossible value, or no noise reaches the target.
+
+    Guarantee:
+        ``epsilon()`` of the returned mechanism is at most the target: that very price was evaluated.
+
+    Source:
+        The start value is Balle & Wang 2018, arXiv:1805.06530, and under sampling the central limit theorem of
+        Bu et al. 2020, arXiv:1911.11607. It only saves time: search and certificate are the accountant's.
+    """
+    if not 0 < epsilon <= MAX_EPSILON:
+        raise PrivacyError(
+            f"privacy.epsilon must be in (0, {MAX_EPSILON:.0f}], got {epsilon}. "
+            'A common choice is between 1 and 8; for no privacy set privacy.trust = "none".'
+        )
+    _check_delta(delta)
+    unit = Mechanism(1.0, sampling_rate, steps, max_participations)
+    if sampling_rate < 1 and delta >= -math.expm1(unit.releases * math.log1p(-sampling_rate)):
+        raise PrivacyError(
+            f"privacy.delta must be below the chance that a record is ever sampled, got {delta}: "
+            "the target would hold without noise and protect nobody. A common choice is 1e-5."
+        )
+
+    def search(start: float, price: Callable[[Mechanism], float]) -> float:
+        return _smallest_noise(
+            lambda noise: price(replace(unit, noise_multiplier=noise)), start=start, target=epsilon
+        )
+
+    noise = search(_guess_noise(epsilon, delta, unit), lambda m: _price(m, delta, max(1e-4, 4e-3 * epsilon)))
+    noise = search(noise, lambda m: _price(m, delta, max(1e-4, 4e-4 * epsilon)))
+    return search(noise, lambda m: _refined_price(m, delta, 1e-4))  # as a rule a single evaluation
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run may say about privacy; under ``trust = "none"``, that it claims nothing.
+
+    Args:
+        trust: Key of ``TRUST``.
+        unit: What is protected, such as ``"record"``; ``"none"`` without a claim.
+        relation: What neighbours differ in.
+        epsilon: Certified epsilon for the whole campaign; None without a claim.
+        delta: The delta it holds with; None without a claim.
+        sampling: How records enter a step.
+        accountant: What priced it, with version.
+        max_participations: Rounds one device may join.
+        noise: Key of ``NOISE``.
+
+    Raises:
+        PrivacyError: Trust or noise is unknown, or the fields contradict each other.
+    """
+
+    trust: str
+    unit: str
+    relation: str
+    epsilon: float | None
+    delta: float | None
+    sampling: str
+    accountant: str
+    max_participations: int
+    noise: str
+
+    def __post_init__(self) -> None:
+        if self.trust not in TRUST or self.noise not in NOISE:
+            raise PrivacyError(
+                f"A claim must have a trust of {', '.join(TRUST)} and a noise of {', '.join(NOISE)}, "
+                f"got {self.trust!r} and {self.noise!r}."
+            )
+        if self.trust == "none":
+            sound = self.epsilon is None and self.delta is None and self.noise == "none"
+        else:
+            finite = self.epsilon is not None and math.isfinite(self.epsilon) and self.epsilon >= 0
+            sound = finite and self.delta is not None and 0 < self.delta < 1 and self.noise != "none"
+        if not sound:
+            raise PrivacyError(
+                'A claim must have a finite epsilon, a delta and noise, or none of them and trust "none", '
+                f"got trust {self.trust!r}, epsilon {self.epsilon}, delta {self.delta}, noise {self.noise!r}."
+            )
+
+    def sentence(self) -> str:
+        """Say the claim in one sentence that names every field; epsilon is rounded up to three digits."""
+        details = (
+            f"neighbours: {self.relation}; trust: {TRUST[self.trust]}; sampling: {self.sampling}; "
+            f"accountant: {self.accountant}; rounds per device: at most {self.max_participations}; "
+            f"noise: {NOISE[self.noise]}."
+        )
+        if self.epsilon is None or self.delta is None:
+            return f"NOT PRIVATE: no epsilon, no delta; unit: {self.unit}; {details}"
+        bounds = f"(epsilon = {_round_up(self.epsilon)}, delta = {float(self.delta)})"
+        return f"{self.unit.capitalize()}-level {bounds}-differential privacy, {details}"
+
+
+def record_claim(mechanism: Mechanism, *, delta: float) -> Claim:
+    """Price a simulated campaign under ``privacy.trust = "local"`` and state all of it.
+
+    Args:
+        mechanism: What one device releases.
+        delta: In (0, 1).
+
+    Returns:
+        The claim, its epsilon from ``epsilon()``.
+
+    Raises:
+        PrivacyError: ``delta`` is impossible, or the mechanism has no finite price.
+    """
+    if mechanism.sampling_rate < 1:
+        how = f"Poisson, each record enters a step with probability {mechanism.sampling_rate}"
+    else:
+        how = "none, every record enters every step"
+    return Claim(
+        trust="local",
+        unit="record",
+        relation=RELATION,
+        epsilon=epsilon(mechanism, delta=delta),
+        delta=delta,
+        sampling=f"{how} ({mechanism.steps} per round)",
+        accountant=f"dp-accounting {version('dp-accounting')}, privacy loss distributions",
+        max_participations=mechanism.max_participations,
+        noise="seeded",
+    )
+
+
+def no_claim(*, max_participations: int) -> Claim:
+    """Return what a run under ``privacy.trust = "none"`` may say."""
+    return Claim(
+        trust="none",
+        unit="none",
+        relation="none",
+        epsilon=None,
+        delta=None,
+        sampling="not accounted",
+        accountant="none",
+        max_participations=max_participations,
+        noise="none",
+    )
+
+
+def _check_count(key: str, count: int) -> None:
+    """Refuse what is not a whole number of at least one."""
+    if not (isinstance(count, int) and count >= 1):
+        raise PrivacyError(
+            f"{key} must be a whole number >= 1, got {count}. Name every step and round there is."
+        )
+
+
+def _check_delta(delta: float) -> None:
+    """Refuse an impossible delta."""
+    if not 0 < delta < 1:
+        raise PrivacyError(
+            f"privacy.delta must be in (0, 1), got {delta}. A common choice is below 1 / number of clients."
+        )
+
+
+def _round_up(value: float) -> str:
+    """Write a number with three digits, never below it."""
+    exact = Decimal(str(value))
+    return (
+        str(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING)) if value else "0"
+    )
+
+
+def _distribution(mechanism: Mechanism, grid: float) -> Any:
+    """Return the privacy loss distribution of the whole campaign, records added or removed, rounded up."""
+    from dp_accounting.pld import privacy_loss_distribution  # two seconds: only for those who price
+
+    sigma, rate, releases = mechanism.noise_multiplier, mechanism.sampling_rate, mechanism.releases
+    if rate == 1:  # n Gaussian releases weigh as much as one with sqrt(n) times less noise
+        return privacy_loss_distribution.from_gaussian_mechanism(
+            sigma / math.sqrt(releases), value_discretization_interval=grid
+        )
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        sigma, sampling_prob=rate, value_discretization_interval=grid
+    ).self_compose(releases)
+
+
+@lru_cache(maxsize=1024)
+def _price(mechanism: Mechanism, delta: float, grid: float) -> float:
+    """Price on one grid."""
+    if mechanism.noise_multiplier < _MIN_NOISE_MULTIPLIER or _typical_loss(mechanism) > MAX_EPSILON:
+        return math.inf  # the distribution might not fit into memory
+    price = float(_distribution(mechanism, grid).get_epsilon_for_delta(delta))
+    return price if price <= MAX_EPSILON else math.inf
+
+
+def _refined_price(mechanism: Mechanism, delta: float, discretization: float) -> float:
+    """Price on ever finer grids down to ``discretization``, or to what is fine enough for this epsilon."""
+    grid = max(1e-2, discretization)
+    while True:
+        price = _price(mechanism, delta, grid)
+        finer = max(discretization, price / _GRID_STEPS) if math.isfinite(price) else discretization
+        if finer > grid / 2:
+            return price
+        grid = finer
+
+
+def _typical_loss(mechanism: Mechanism) -> float:
+    """Estimate the expected privacy loss from below; epsilon lies above it at any small delta."""
+    sigma, rate = mechanism.noise_multiplier, mechanism.sampling_rate
+    if rate == 1:
+        return mechanism.releases / (2 * sigma**2)
+    # E log(1 - q + q e^L) is at least E log(q e^L) for a sampled record and log(1 - q) for one left out
+    per_step = rate * (1 / (2 * sigma**2) + math.log(rate)) + (1 - rate) * math.log1p(-rate)
+    return mechanism.releases * max(per_step, rate**2 / (8 * sigma**2))
+
+
+def _guess_noise(epsilon: float, delta: float, unit: Mechanism) -> float:
+    """Guess the noise: exact without sampling, by a central limit theorem with it."""
+    from dp_accounting.pld import common, privacy_loss_mechanism
+
+    target = common.DifferentialPrivacyParameters(epsilon, delta)
+    alone = float(
+        privacy_loss_mechanism.GaussianPrivacyLoss.from_privacy_guarantee(target).standard_deviation
+    )
+    if unit.sampling_rate == 1:
+        return alone * math.sqrt(unit.releases)
+    return 1 / math.sqrt(math.log1p(1 / (alone * unit.sampling_rate) ** 2 / unit.releases))
+
+
+def _smallest_noise(price: Callable[[float], float], *, start: float, target: float) -> float:
+    """Return a noise multiplier that ``price`` puts within the target: secants on log scales, in a bracket."""
+    low, high = -math.inf, math.log(_MAX_NOISE_MULTIPLIER)  # log noise: too little; more is not tried
+    x, slope, previous = math.log(start), -1.5, (math.nan, math.nan)
+    for _ in range(60):
+        value = price(math.exp(x))
+        excess = math.log(value / target) if 0 < value < math.inf else math.copysign(math.inf, value - target)
+        if -_TOLERANCE <= excess <= 0:
+            return math.exp(x)
+        low, high = (x, high) if excess > 0 else (low, x)
+        if math.isinf(excess):
+            guess = x + math.copysign(1.0, excess)
+        else:
+            secant = (excess - previous[1]) / (x - previous[0])
+            slope = min(-0.3, secant) if math.isfinite(secant) else slope
+            previous = (x, excess)
+            guess = x - (excess + _TOLERANCE / 2) / slope
+        x = guess if low < guess < high else (low + high) / 2
+    raise PrivacyError(
+        f"privacy.epsilon must be within reach, got {target}: no noise reaches it with this delta and so many "
+        "steps. Raise privacy.delta or privacy.epsilon, or lower training.steps or privacy.max_participations."
+    )

@@ -1,0 +1,117 @@
+"""Bound how much one sample can move a sum of gradients, and how far one update can move the mean."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+_BLOCK = 1024  # float32 sums of squares stay this short: over a million terms they were off by 6e-4
+_TRUSTED_NORMS = (1e-12, 1e18)  # outside, squares may have left float32's range: computed again in float64
+_ROUNDING_MARGIN = 1e-5  # more than the norm, the factor and the product can lose to rounding
+_SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
+
+
+@torch.no_grad()
+def clipped_sum(per_sample: Sequence[torch.Tensor], *, clip_norm: float) -> list[torch.Tensor]:
+    """Clip every sample to an L2 norm of ``clip_norm`` over all tensors jointly, then sum over the samples.
+
+    Args:
+        per_sample: One floating tensor per parameter, shape (n, *parameter), the same n for all; n = 0 is allowed.
+            Left as they are.
+        clip_norm: Bound C on the norm of one sample's contribution, in gradient units; finite and > 0.
+
+    Returns:
+        One tensor per parameter without the leading n, float32 (float64 where the input is). A sample that holds
+        NaN or inf contributes exactly zero, and so does one whose norm is beyond 1e38 times C.
+
+    Raises:
+        ValueError: ``clip_norm`` is not finite and positive, there is no tensor, one is not floating, or n differs.
+
+    Guarantee:
+        Adding or removing one sample moves the returned vector by at most ``clip_norm``, up to the float32 rounding
+        of the sum. A sample's own contribution never exceeds ``clip_norm``.
+
+    Source:
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1. We scale by min(1, C (1 - 1e-5) / norm), so that rounding
+        cannot carry a sample past C.
+
+    Example:
+        >>> [total] = clipped_sum([torch.tensor([[3.0, 4.0], [0.0, 0.5], [torch.nan, 1.0]])], clip_norm=1.0)
+        >>> [round(x, 3) for x in total.tolist()]
+        [0.6, 1.3]
+    """
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ValueError(f"clip_norm must be finite and > 0, got {clip_norm}.")
+    if not per_sample or any(x.ndim == 0 or not x.is_floating_point() for x in per_sample):
+        raise ValueError("per_sample must hold floating tensors of shape (n, *parameter), at least one.")
+    counts = {x.shape[0] for x in per_sample}
+    if len(counts) != 1:
+        raise ValueError(
+            f"per_sample must have the same number of samples in every tensor, got {sorted(counts)}."
+        )
+    (count,) = counts
+    rows = [
+        x.reshape(count, math.prod(x.shape[1:])).to(torch.promote_types(x.dtype, torch.float32))
+        for x in per_sample
+    ]  # (n, p_i)
+    norms = torch.linalg.vector_norm(torch.stack([_row_norms(x) for x in rows]), dim=0)  # (n,) float64
+    factors = (clip_norm * (1 - _ROUNDING_MARGIN) / norms).clamp(max=1.0)
+    usable = factors >= _SMALLEST_FACTOR  # False for NaN
+    if not bool(usable.all()):  # 0 * NaN is NaN: the rows themselves must go
+        factors = factors.where(usable, 0.0)
+        rows = [x.where(usable[:, None], 0.0) for x in rows]
+    return [
+        (factors.to(x.dtype) @ x).reshape(original.shape[1:])
+        for x, original in zip(rows, per_sample, strict=True)
+    ]
+
+
+def _row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the float64 L2 norm of each row of a float32 or float64 matrix, NaN or inf where an entry is."""
+    norms = _block_norms(rows)
+    doubtful = ~((norms > _TRUSTED_NORMS[0]) & (norms < _TRUSTED_NORMS[1]))
+    if bool(doubtful.any()):
+        norms[doubtful] = _block_norms(rows[doubtful].to(torch.float64))
+    return norms
+
+
+def _block_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each row from the norms of its blocks."""
+    blocks = [torch.linalg.vector_norm(block, dim=1) for block in rows.split(_BLOCK, dim=1)]
+    return torch.linalg.vector_norm(torch.stack(blocks), dim=0, dtype=torch.float64)
+
+
+def clip_by_norm(
+    update: Mapping[str, np.ndarray], *, clip_norm: float
+) -> tuple[dict[str, np.ndarray], float]:
+    """Scale an update so that its global L2 norm is at most ``clip_norm``.
+
+    Args:
+        update: Parameter name -> array, any shape. Read as one long vector.
+        clip_norm: Bound on the L2 norm, in parameter units; finite and > 0.
+
+    Returns:
+        The scaled update (same names, shapes, dtypes) and its norm before scaling.
+
+    Raises:
+        ValueError: ``clip_norm`` is not finite and positive, or the update holds NaN or inf.
+
+    Guarantee:
+        The returned norm is <= ``clip_norm``, up to float32 rounding.
+
+    Source:
+        McMahan et al. 2018, arXiv:1710.06963, Algorithm 1 (FlatClip).
+
+    Example:
+        >>> clipped, norm = clip_by_norm({"w": np.array([6.0, 8.0])}, clip_norm=5.0)
+        >>> norm, clipped["w"].tolist()
+        (10.0, [3.0, 4.0])
+    """
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ValueError(f"clip_norm must be finite and > 0, got {clip_norm}.")
+    norm = math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in update.values()))
+    if not math.isfinite(norm):
+        raise ValueError("update must be finite, got NaN or inf; drop this client for the round.")
+    scale = min(1.0, clip_norm / norm) if norm > 0 else 1.0
+    return {name: (x * scale).astype(x.dtype) for name, x in update.items()}, norm

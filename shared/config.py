@@ -1,0 +1,294 @@
+"""Every setting of a run: read once from TOML into frozen models, checked once, public from then on.
+
+A default stands beside the word on why. Nothing here is computed from users' data: what is (a count of records, a
+mean) is an argument where it is used, never a field, never logged.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import ScenarioError
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """A frozen table of settings that forbids keys it does not know and never coerces a type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataConfig(Settings):
+    """Which users' data, in which published format."""
+
+    format: Literal["movielens-100k"] = "movielens-100k"
+    source: str = "asset:ml-100k"  # asset:NAME, or a folder that holds the published files
+
+
+class TaskConfig(Settings):
+    """What is predicted from a text. The scale is public; predictions are clipped to it."""
+
+    name: Literal["rating"] = "rating"
+    low: FiniteFloat = 1.0
+    high: FiniteFloat = 5.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"task.low must be below task.high, got {self.low} and {self.high}.")
+        return self
+
+    @property
+    def centre(self) -> float:
+        """Midpoint of the scale: the public start value. A mean of the data would leak."""
+        return (self.low + self.high) / 2
+
+
+class ModelConfig(Settings):
+    """The frozen base model and where it is cut into backbone and head."""
+
+    base: str = "asset:all-MiniLM-L6-v2"  # asset:NAME, hub:ORG/NAME, or a local folder
+    head_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = 1  # 0 = linear head on frozen features
+    max_tokens: Annotated[int, Field(ge=8, le=512)] = 64  # a title with its genres has about 14
+
+
+class AdapterConfig(Settings):
+    """The trainable part of the head: LoRA on its blocks and the task output on public, whitened features."""
+
+    rank: Count = 4
+    scaling: Positive = 1.0  # LoRA's alpha / rank: how far one unit of B moves a layer
+    targets: tuple[str, ...] = ("attention.output.dense", "output.dense")
+    whitened_features: Count = (
+        256  # leading directions of the public texts' features (research: d = 128..256)
+    )
+    whitening_ridge: NonNegative = 0.05  # share of the largest eigenvalue added to every one
+    constant_feature: Positive = 0.7  # the output's bias, as a feature of the same size as the others
+
+
+class FederationConfig(Settings):
+    """How the shared part is trained and averaged."""
+
+    method: Literal["fedavg", "ffa-lora"] = "ffa-lora"  # half the bytes, exact mean
+    rounds: Count = 20
+    cohort_size: Count | Literal["all"] = "all"  # devices asked per round, in shuffled passes over everyone
+    min_reply_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # fewer good replies stop the campaign
+    server_optimizer: Literal["momentum", "adam"] = "adam"  # post-processing: costs no privacy
+    server_learning_rate: Positive = 0.06
+    lora_learning_rate_factor: Positive = 0.1  # LoRA's rate relative to the output's
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5  # Adam's beta1
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    adam_epsilon: Positive = 1e-3
+    round_timeout_s: Positive = 600.0
+
+
+class TrainingConfig(Settings):
+    """The local step on a device."""
+
+    steps: Count = 1  # noisy steps per round, exactly this many
+    learning_rate: Positive = 1.0  # with one step a round the server's rate is the one that matters
+
+
+class PrivacyConfig(Settings):
+    """Everything that changes the guarantee. A run states all of it or claims nothing."""
+
+    trust: Literal["local", "none"] = "local"
+    unit: Literal["record"] = "record"
+    epsilon: Positive = 8.0
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+    clip_norm: Positive = 1.0
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 = full batch: no sampling assumption at all
+    denominator: Positive = 64.0  # public constant the summed gradient is divided by, never a batch size
+    max_participations: Count = 20  # rounds one device may join in the whole campaign
+
+
+class PersonalConfig(Settings):
+    """What a device adds for itself after the federation; it never leaves, so it needs no noise."""
+
+    method: Literal["none", "fine-tune"] = "fine-tune"
+    ridge: Positive = 3.0  # penalty of the private output layer on centred features of unit norm
+    bias_shrinkage: NonNegative = 5.0  # the private bias counts as many records at zero
+
+
+class LinearConfig(Settings):
+    """The comparison campaign with a linear head (head_blocks = 0) on the same data; empty means 'as the main one'."""
+
+    enabled: bool = True
+    rounds: Count | None = None
+    cohort_size: Count | Literal["all"] | None = None
+    max_participations: Count | None = None
+    learning_rate: Positive | None = None
+    server_learning_rate: Positive | None = None
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    clip_norm: Positive | None = None
+    whitened_features: Count | None = None
+    steps: Count | None = None
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class ExportConfig(Settings):
+    """Which users get an ONNX head at the end."""
+
+    users: Annotated[int, Field(ge=0)] | tuple[str, ...] = 3  # a number (the first ones), or user ids
+
+
+class EvaluationConfig(Settings):
+    """What the observer of a simulation measures. It stands outside the federation and may read everything."""
+
+    every_rounds: Count = 1
+    bootstrap_resamples: Count = 2000
+
+
+class PerformanceConfig(Settings):
+    """Must not change the guarantee or, beyond rounding, the result."""
+
+    threads: Annotated[int, Field(ge=0)] = 0  # 0 = as torch finds them
+    micro_batch: Count = 64  # records per forward pass; the sum of clipped gradients does not see it
+
+
+class Scenario(Settings):
+    """One experiment: one TOML file of these tables."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    federation: FederationConfig = FederationConfig()
+    training: TrainingConfig = TrainingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    personal: PersonalConfig = PersonalConfig()
+    linear: LinearConfig = LinearConfig()
+    export: ExportConfig = ExportConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+
+    def linear_campaign(self) -> "Scenario | None":
+        """The same experiment with a linear head, or None when it is off or would be this very campaign."""
+        if not self.linear.enabled or self.model.head_blocks == 0:
+            return None
+        changed: dict[str, dict[str, Any]] = {"model": {"head_blocks": 0}}
+        for field, table in _LINEAR_FIELDS.items():
+            value = getattr(self.linear, field)
+            if value is not None:
+                changed.setdefault(table, {})[field] = value
+        tables = {t: getattr(self, t).model_copy(update=update) for t, update in changed.items()}
+        return self.model_copy(update=tables)
+
+
+_LINEAR_FIELDS = {
+    "rounds": "federation",
+    "cohort_size": "federation",
+    "server_learning_rate": "federation",
+    "server_momentum": "federation",
+    "max_participations": "privacy",
+    "clip_norm": "privacy",
+    "sampling_rate": "privacy",
+    "learning_rate": "training",
+    "steps": "training",
+    "whitened_features": "adapter",
+}
+
+
+def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
+    """Read a scenario and lay ``key=value`` overrides over it.
+
+    Args:
+        path: A ``.toml`` file, or a resolved ``.json`` one from a run folder.
+        overrides: ``"privacy.epsilon=3"``; the value is read as TOML, and as a plain string where it is none.
+
+    Raises:
+        ScenarioError: Unreadable file, unknown key, wrong type or impossible value; one line in the file's spelling.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tables: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path} must be a readable scenario file: {_reason(error)}.") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ScenarioError(f"{path} must be a valid {path.suffix[1:].upper()} file: {error}.") from None
+    for override in overrides:
+        _lay_over(tables, override)
+    tables.setdefault("name", path.stem)
+    try:
+        return Scenario.model_validate_json(json.dumps(tables))
+    except (ValidationError, TypeError) as error:
+        raise ScenarioError(f"{path.name}: {_first_problem(error)}") from None
+
+
+def _lay_over(tables: dict[str, Any], override: str) -> None:
+    """Set one dotted key; the value is TOML where it parses as such."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ScenarioError(f"--set must read key=value, e.g. privacy.epsilon=3, got {override!r}.")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for part in parts[:-1]:
+        tables = tables.setdefault(part, {})
+        if not isinstance(tables, dict):
+            raise ScenarioError(f"--set {key}: {part} is a value, not a table; drop what follows it.")
+    tables[parts[-1]] = value
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _first_problem(error: ValidationError | TypeError) -> str:
+    """The first problem as one line: key in the file's spelling, what must hold, what we got, what to do."""
+    if isinstance(error, TypeError):
+        return f"dates and times are not used here ({error}); write a number or a string."
+    problem = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
+    if problem["type"] == "extra_forbidden":
+        table = _known_keys(problem["loc"][:-1])
+        return f"{key} is not a setting; known here: {', '.join(table)}."
+    if problem["type"] == "missing":
+        return f"{key} must be given."
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    same = [item for item in error.errors() if _loc(item) == _loc(problem)]  # the branches of a union
+    wanted = " or ".join(dict.fromkeys(item["msg"].lower().removeprefix("input should be ") for item in same))
+    return f"{key} must be {wanted}, got {problem['input']!r}. {_ADVICE.get(key, '')}".rstrip()
+
+
+def _loc(item: Any) -> tuple[Any, ...]:
+    return tuple(part for part in item["loc"] if not _is_union_tag(part))
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic puts the branch of a union into the location; our keys hold only letters and underscores."""
+    return (isinstance(part, str) and not part.replace("_", "").isalpha()) or part in _UNION_TAGS
+
+
+_UNION_TAGS = {"int", "float", "str", "bool"}
+
+_ADVICE = {
+    "privacy.delta": "A common choice is below 1 / number of clients.",
+    "privacy.epsilon": 'A common choice is between 1 and 8; for no privacy set privacy.trust = "none".',
+    "privacy.sampling_rate": "1 takes every record in every step.",
+    "privacy.trust": "Other trust models are not in this version.",
+}
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """Keys of the table at a location of the scenario."""
+    model: type[BaseModel] = Scenario
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
+            break
+        model = field.annotation
+    return sorted(model.model_fields)

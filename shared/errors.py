@@ -1,0 +1,41 @@
+"""The few exceptions a caller may catch; every message says what must hold, what we got, what to do."""
+
+
+class SottovoceError(Exception):
+    """Base of every error that is the user's to mend: a command prints it on one line and exits with 2."""
+
+
+class ScenarioError(SottovoceError):
+    """A scenario holds an unknown key, a wrong type, an impossible value or an impossible combination."""
+
+
+class AssetError(SottovoceError):
+    """A pinned model or data file could not be fetched, or is not the file that was pinned."""
+
+
+class DataError(SottovoceError):
+    """A data file cannot be read as its format says; the message names file and line."""
+
+
+class PrivacyError(SottovoceError):
+    """A guarantee would not hold: an incompatible policy, an unpriced mechanism, an impossible target."""
+
+
+class CampaignError(SottovoceError):
+    """A campaign cannot start or go on: too few replies, another policy, an unreadable checkpoint."""
+
+
+class HeadError(SottovoceError):
+    """A personal head cannot be exported or used: outputs differ, another base, a damaged file."""
+
+
+class RefusedError(SottovoceError):
+    """A device refuses a request; only the fixed ``code`` crosses the wire, never the text.
+
+    Args:
+        code: One of ``shared.wire.REFUSALS``.
+    """
+
+    def __init__(self, code: str) -> None:
+        super().__init__(f"the device refused the request: {code}")
+        self.code = code

@@ -1,0 +1,150 @@
+"""Backbone outputs, computed once per distinct text and memory-mapped from disk ever after.
+
+Key: (base hash, cut, longest text) names the folder, the text's hash the entry. A shard is one ``.npy`` matrix and one
+``.json`` index that is written last, so an interrupted run leaves a shard that does not exist. The frozen backbone
+never changes, so an entry is good for every round, epoch, sweep and seed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.model import Base
+from shared.progress import progress
+
+_BATCH_TOKENS = 4096  # per forward pass of the backbone; bounds memory, not the result
+
+
+class Features:
+    """Backbone outputs of a fixed list of texts.
+
+    Args:
+        arrays: One float32 array (T_i, d) per text, in the texts' order; memory-mapped where they come from disk.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = list(arrays)
+        self.lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def select(self, rows: Sequence[int]) -> "Features":
+        """The outputs of some of the texts, in the order given; nothing is copied."""
+        return Features([self._arrays[row] for row in rows])
+
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pad some texts to the longest of them: hidden (B, T, d) float32 and mask (B, T), True at real tokens."""
+        lengths = self.lengths[list(rows)]
+        longest, width = int(lengths.max()), self._arrays[rows[0]].shape[1]
+        hidden = np.zeros((len(rows), longest, width), dtype=np.float32)
+        for i, row in enumerate(rows):
+            hidden[i, : lengths[i]] = self._arrays[row]
+        mask = np.arange(longest)[None, :] < lengths[:, None]
+        return torch.from_numpy(hidden), torch.from_numpy(mask)
+
+
+def compute_features(
+    base: Base,
+    texts: Sequence[str],
+    *,
+    head_blocks: int,
+    max_tokens: int,
+    on_progress: Callable[[int], object] | None = None,
+) -> Features:
+    """Run the backbone over texts without any cache, sorted by length so that padding stays small."""
+    token_ids = base.tokenize(texts, max_tokens=max_tokens)
+    order = sorted(range(len(texts)), key=lambda i: len(token_ids[i]))
+    arrays: dict[int, np.ndarray] = {}
+    start = 0
+    while start < len(order):
+        longest = len(token_ids[order[min(start + 63, len(order) - 1)]])
+        rows = order[start : start + max(1, min(64, _BATCH_TOKENS // longest))]
+        start += len(rows)
+        hidden = _run_backbone(base, [token_ids[row] for row in rows], head_blocks=head_blocks)
+        for i, row in enumerate(rows):
+            length = len(token_ids[row]) if head_blocks else 1
+            arrays[row] = hidden[i, :length].copy()
+        if on_progress:
+            on_progress(len(rows))
+    return Features([arrays[i] for i in range(len(texts))])
+
+
+@torch.inference_mode()
+def _run_backbone(base: Base, token_ids: list[list[int]], *, head_blocks: int) -> np.ndarray:
+    longest = max(len(ids) for ids in token_ids)
+    padded = torch.tensor(
+        [ids + [0] * (longest - len(ids)) for ids in token_ids]
+    )  # (B, T); padding is masked
+    mask = torch.tensor([[True] * len(ids) + [False] * (longest - len(ids)) for ids in token_ids])
+    hidden: np.ndarray = base.backbone(padded, mask, head_blocks=head_blocks).numpy()
+    return hidden
+
+
+def cached_features(
+    base: Base, texts: Sequence[str], *, head_blocks: int, max_tokens: int, cache: Path, quiet: bool = False
+) -> Features:
+    """Backbone outputs of texts, computing and storing only what the cache does not hold yet.
+
+    Args:
+        cache: Folder for all bases and cuts; this base and cut get a folder of their own in it.
+
+    Returns:
+        One entry per text, equal texts sharing one array.
+    """
+    folder = cache / f"{base.sha256[:16]}-blocks{head_blocks}-tokens{max_tokens}"
+    keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    known = _open_shards(folder)
+    missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+    if missing:
+        with progress(total=len(missing), description="backbone", unit="text", quiet=quiet) as bar:
+            fresh = compute_features(
+                base,
+                list(missing.values()),
+                head_blocks=head_blocks,
+                max_tokens=max_tokens,
+                on_progress=bar.update,
+            )
+        _write_shard(folder, list(missing), fresh)
+        known = _open_shards(folder)
+    return Features([known[key] for key in keys])
+
+
+def _write_shard(folder: Path, keys: list[str], features: Features) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    matrix = np.concatenate([features._arrays[i] for i in range(len(keys))])
+    name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
+    temporary = folder / f".{name}.{os.getpid()}"
+    with temporary.open("wb") as file:
+        np.save(file, matrix)
+    ends = np.cumsum(features.lengths).tolist()
+    index = {"sha256": hashlib.sha256(temporary.read_bytes()).hexdigest(), "keys": keys, "ends": ends}
+    temporary.replace(folder / f"{name}.npy")
+    temporary.write_text(json.dumps(index))
+    temporary.replace(folder / f"{name}.json")
+
+
+def _open_shards(folder: Path) -> dict[str, np.ndarray]:
+    """Every readable entry; a shard whose matrix is not the one its index names is computed anew, never used."""
+    known: dict[str, np.ndarray] = {}
+    for index_file in sorted(folder.glob("*.json")):
+        matrix_file = index_file.with_suffix(".npy")
+        try:
+            index = json.loads(index_file.read_text())
+            if hashlib.sha256(matrix_file.read_bytes()).hexdigest() != index["sha256"]:
+                continue
+        except (OSError, ValueError, KeyError):
+            continue
+        matrix = np.load(matrix_file, mmap_mode="r")
+        starts = [0, *index["ends"][:-1]]
+        known.update(
+            (key, matrix[start:end])
+            for key, start, end in zip(index["keys"], starts, index["ends"], strict=True)
+        )
+    return known

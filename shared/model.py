@@ -1,0 +1,192 @@
+"""The frozen base model, cut into a backbone that runs once per text and a head that trains.
+
+    text -> tokens -> embeddings -> lower blocks | top k blocks -> pooling -> (B, d) features
+                      \\________ backbone _______/ \\_____________ head _____________/
+
+A model family is one small object in ``FAMILIES``: how to load it, embed tokens and run one block. Whatever is common
+to all of them (cut, pooling, cache, adapter, export) never asks which family it has.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import BertModel
+from transformers.utils import logging as transformers_logging
+
+from shared.errors import AssetError, ScenarioError
+
+BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+class Family(Protocol):
+    """What the rest of the project needs to know of one model architecture."""
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model in float32 without any task head."""
+
+    def embed(self, model: nn.Module, token_ids: Tensor) -> Tensor:
+        """Token ids (B, T) -> hidden states (B, T, d) that enter block 0."""
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The model's blocks, lowest first."""
+
+    def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
+        """One block: hidden (B, T, d) and mask (B, T), True at real tokens -> hidden (B, T, d)."""
+
+
+class BertFamily:
+    """BERT and its distillates (MiniLM): bidirectional, post-norm encoder blocks."""
+
+    def load(self, folder: Path) -> nn.Module:  # noqa: D102
+        # The checkpoint's pooler is not ours; transformers would say so, and draw a bar, on every load.
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        model: nn.Module = BertModel.from_pretrained(
+            folder,
+            add_pooling_layer=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+        )
+        return model
+
+    def embed(self, model: nn.Module, token_ids: Tensor) -> Tensor:  # noqa: D102
+        hidden: Tensor = model.embeddings(input_ids=token_ids)  # type: ignore[operator]
+        return hidden
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:  # noqa: D102
+        layers = model.encoder.layer  # type: ignore[union-attr]
+        if not isinstance(layers, nn.ModuleList):
+            raise AssetError(
+                f"a BERT encoder must hold its blocks in encoder.layer, got {type(layers).__name__}."
+            )
+        return layers
+
+    def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:  # noqa: D102
+        out: Tensor = block(
+            hidden, attention_mask=mask[:, None, None, :]
+        )  # (B, 1, 1, T): keys a query may see
+        return out
+
+
+FAMILIES: dict[str, Family] = {"bert": BertFamily()}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model with its tokenizer.
+
+    Attributes:
+        sha256: Hash over the files that decide its outputs; binds caches, policies and personal heads to it.
+        pooling: ``mean`` over real tokens or the first (``cls``) token, as the model's own files say.
+        normalize: Whether the pooled features are scaled to unit L2 norm, as the model's own files say.
+    """
+
+    family: Family
+    model: nn.Module
+    tokenizer: Tokenizer
+    sha256: str
+    folder: Path
+    hidden_size: int
+    pooling: Literal["mean", "cls"]
+    normalize: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the model has."""
+        return len(self.family.blocks(self.model))
+
+    def head_blocks(self, wanted: int | Literal["all"]) -> int:
+        """The number of top blocks the head takes.
+
+        Raises:
+            ScenarioError: More blocks are wanted than the model has.
+        """
+        count = self.num_blocks if wanted == "all" else wanted
+        if not 0 <= count <= self.num_blocks:
+            raise ScenarioError(
+                f'model.head_blocks must be "all" or between 0 and {self.num_blocks} for this base, got {wanted}.'
+            )
+        return count
+
+    def tokenize(self, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
+        """Token ids per text with the model's special tokens, cut after ``max_tokens``."""
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(max_length=max_tokens)
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+
+    def backbone(self, token_ids: Tensor, mask: Tensor, *, head_blocks: int) -> Tensor:
+        """What enters the head: (B, T, d) hidden states, or (B, 1, d) pooled features when ``head_blocks`` is 0."""
+        hidden = self.family.embed(self.model, token_ids)  # (B, T, d)
+        for block in self.family.blocks(self.model)[: self.num_blocks - head_blocks]:
+            hidden = self.family.run(block, hidden, mask)
+        return hidden if head_blocks else self.pool(hidden, mask)[:, None, :]
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states (B, T, d) -> one feature vector a text (B, d)."""
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weights = mask.to(hidden.dtype)[:, :, None]
+            pooled = (hidden * weights).sum(1) / weights.sum(1)
+        return F.normalize(pooled, dim=1) if self.normalize else pooled
+
+
+def load_base(folder: Path) -> Base:
+    """Read a base model from a folder in the hub's layout.
+
+    Args:
+        folder: Holds ``config.json``, ``model.safetensors``, ``tokenizer.json``; ``modules.json`` and
+            ``1_Pooling/config.json`` where the model is a sentence encoder.
+
+    Raises:
+        AssetError: A file is missing, or no family is registered for its architecture.
+    """
+    missing = [name for name in BASE_FILES if not (folder / name).is_file()]
+    if missing:
+        raise AssetError(f"{folder} must hold {', '.join(BASE_FILES)}; missing: {', '.join(missing)}.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        raise AssetError(
+            f"{folder} must be a model of a known family ({', '.join(FAMILIES)}), got {config.get('model_type')!r}."
+        )
+    model = family.load(folder).eval().requires_grad_(False)
+    pooling, normalize = _read_pooling(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Base(
+        family, model, tokenizer, _hash_base(folder), folder, int(config["hidden_size"]), pooling, normalize
+    )
+
+
+def _read_pooling(folder: Path) -> tuple[Literal["mean", "cls"], bool]:
+    """Pooling as a sentence encoder's own files say; mean without normalisation where they say nothing."""
+    modules_file, pooling_file = folder / "modules.json", folder / "1_Pooling" / "config.json"
+    modules = json.loads(modules_file.read_text(encoding="utf-8")) if modules_file.is_file() else []
+    normalize = any(str(module.get("type", "")).endswith("Normalize") for module in modules)
+    if not pooling_file.is_file():
+        return "mean", normalize
+    modes = json.loads(pooling_file.read_text(encoding="utf-8"))
+    chosen = {key for key, on in modes.items() if key.startswith("pooling_mode_") and on}
+    if chosen == {"pooling_mode_mean_tokens"}:
+        return "mean", normalize
+    if chosen == {"pooling_mode_cls_token"}:
+        return "cls", normalize
+    raise AssetError(f"{pooling_file} must choose mean or cls pooling, got {sorted(chosen)}.")
+
+
+def _hash_base(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in (*BASE_FILES, "modules.json", "1_Pooling/config.json"):
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,205 @@
+"""The privacy policy: every constant the guarantee rests on, public and fixed for a campaign.
+
+A device knows the policy before the first round and checks every request against its hash; the server cannot loosen it
+in a message. Nothing in it depends on any user's data (rule P2).
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from shared.accounting import calibrate_noise
+from shared.adapter import SHARED_PARTS, Arrays, Slot
+from shared.config import Scenario
+from shared.errors import CampaignError, PrivacyError
+
+PROTOCOL = 1
+# Where a device's contribution is cut even after noise, so that the gate has a public bound: no device is expected to
+# hold more records than this, and one that does only sees its (already private) update scaled down.
+_RECORDS_BOUND = 10_000
+_NOISE_TAIL = 6.0  # standard deviations the noise's norm may lie above sqrt(parameters)
+
+
+class Policy(BaseModel):
+    """The constants of one campaign. The equation they enter: see ``client.train``.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise in units of ``clip_norm``; 0 only under trust ``none``.
+        sampling_rate: Probability with which each record enters a step, independently (Poisson); 1 = all of them.
+        steps: Noisy steps per round, exactly this many.
+        denominator: What the clipped, noised sum is divided by; never a count of records.
+        max_participations: Rounds a device may join in the whole campaign.
+        max_update_norm: L2 bound on what a device sends; None under trust ``none``.
+        slots: The tensors that may travel: (name, shape), float32, in this order, and nothing else.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    protocol: int
+    trust: Literal["local", "none"]
+    unit: Literal["record"]
+    relation: Literal["add-or-remove-one"]
+    epsilon: float | None
+    delta: float | None
+    clip_norm: float | None
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    denominator: float
+    max_participations: int
+    max_update_norm: float | None
+    learning_rate: float
+    rounds: int
+    cohort_size: int
+    federation_method: str
+    personal_method: str
+    head_blocks: int
+    base_sha256: str
+    start_sha256: str
+    public_texts_sha256: str
+    slots: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON (sorted keys, no spaces)."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def array_slots(self) -> tuple[Slot, ...]:
+        """The arrays of a request and of a reply."""
+        return tuple(Slot(name, shape, "float32", "global") for name, shape in self.slots)
+
+
+def make_policy(
+    scenario: Scenario,
+    *,
+    clients: int,
+    head_blocks: int,
+    slots: tuple[Slot, ...],
+    base_sha256: str,
+    start: Arrays,
+    public_texts: tuple[str, ...],
+) -> Policy:
+    """Fix a campaign's constants and calibrate its noise.
+
+    Args:
+        scenario: The settings.
+        clients: Size of the public roster.
+        head_blocks: Blocks of the head for this base.
+        slots: What the federation method trains.
+
+    Raises:
+        PrivacyError: The target cannot be met, the combination breaks rule P1, or the rounds need more participations
+            than ``privacy.max_participations`` allows.
+    """
+    privacy, federation, training = scenario.privacy, scenario.federation, scenario.training
+    check_compatible(scenario)
+    cohort_size = clients if federation.cohort_size == "all" else federation.cohort_size
+    if cohort_size > clients:
+        raise PrivacyError(
+            f"federation.cohort_size must be at most the {clients} clients, got {cohort_size}."
+        )
+    needed = -(-federation.rounds * cohort_size // clients)
+    if needed > privacy.max_participations:
+        raise PrivacyError(
+            f"privacy.max_participations must be at least {needed} for {federation.rounds} rounds of {cohort_size} of "
+            f"{clients} clients, got {privacy.max_participations}; raise it (at the price of more noise) or ask fewer."
+        )
+    private = privacy.trust != "none"
+    noise_multiplier = 0.0
+    max_update_norm = None
+    if private:
+        if privacy.delta > 1 / (10 * clients):
+            raise PrivacyError(
+                f"privacy.delta must be at most 1 / (10 x {clients} clients) = {1 / (10 * clients):.1e}, "
+                f"got {privacy.delta}."
+            )
+        noise_multiplier = calibrate_noise(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sampling_rate=privacy.sampling_rate,
+            steps=training.steps,
+            max_participations=privacy.max_participations,
+        )
+        size = sum(_size(slot) for slot in slots)
+        noise_bound = noise_multiplier * (size**0.5 + _NOISE_TAIL)
+        step = training.learning_rate * privacy.clip_norm / privacy.denominator
+        max_update_norm = step * training.steps * (_RECORDS_BOUND + noise_bound)
+    return Policy(
+        protocol=PROTOCOL,
+        trust=privacy.trust,
+        unit=privacy.unit,
+        relation="add-or-remove-one",
+        epsilon=privacy.epsilon if private else None,
+        delta=privacy.delta if private else None,
+        clip_norm=privacy.clip_norm if private else None,
+        noise_multiplier=noise_multiplier,
+        sampling_rate=privacy.sampling_rate,
+        steps=training.steps,
+        denominator=privacy.denominator,
+        max_participations=privacy.max_participations,
+        max_update_norm=max_update_norm,
+        learning_rate=training.learning_rate,
+        rounds=federation.rounds,
+        cohort_size=cohort_size,
+        federation_method=federation.method,
+        personal_method=scenario.personal.method,
+        head_blocks=head_blocks,
+        base_sha256=base_sha256,
+        start_sha256=hash_arrays(start),
+        public_texts_sha256=hashlib.sha256("\0".join(public_texts).encode()).hexdigest(),
+        slots=tuple((slot.name, slot.shape) for slot in slots),
+    )
+
+
+# Rule P1 at record level: the shared step reads base, public start, shared tensors, policy and raw records, never a
+# tensor trained without noise on the same records. Per personal method: the federation methods it may follow.
+_SEQUENTIAL = frozenset(SHARED_PARTS)
+COMPATIBLE_AT_RECORD_LEVEL: dict[str, frozenset[str]] = {"none": _SEQUENTIAL, "fine-tune": _SEQUENTIAL}
+
+
+def check_compatible(scenario: Scenario) -> None:
+    """Raise ``PrivacyError`` where a personal method would reach back into the shared, accounted step (rule P1)."""
+    if scenario.privacy.trust == "none":
+        return
+    allowed = COMPATIBLE_AT_RECORD_LEVEL.get(scenario.personal.method, frozenset())
+    if scenario.federation.method not in allowed:
+        fitting = sorted(p for p, f in COMPATIBLE_AT_RECORD_LEVEL.items() if scenario.federation.method in f)
+        raise PrivacyError(
+            f"personal.method = {scenario.personal.method!r} with federation.method = {scenario.federation.method!r} "
+            f"is not private at unit {scenario.privacy.unit!r}; allowed personal methods here: {fitting}."
+        )
+
+
+def hash_arrays(arrays: Arrays) -> str:
+    """Hash over names, dtypes, shapes and bytes, in the arrays' order."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def read_policy(text: str) -> Policy:
+    """Read a policy from JSON.
+
+    Raises:
+        CampaignError: Not a policy, or one of another protocol version.
+    """
+    try:
+        policy = Policy.model_validate_json(text)
+    except ValueError as error:
+        raise CampaignError(f"the policy must be readable: {str(error).splitlines()[0]}.") from None
+    if policy.protocol != PROTOCOL:
+        raise CampaignError(
+            f"the policy must be of protocol {PROTOCOL}, got {policy.protocol}; update Sottovoce."
+        )
+    return policy
+
+
+def _size(slot: Slot) -> int:
+    size = 1
+    for extent in slot.shape:
+        size *= extent
+    return size

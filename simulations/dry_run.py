@@ -1,0 +1,63 @@
+"""What a scenario would do, spend and send, without training anything."""
+
+import json
+from typing import Any
+
+from client.site import resident_base, resident_dataset
+from shared.config import Scenario
+from simulations.campaigns import Plan, plan_campaigns
+
+
+def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
+    """Settings, privacy to be spent and bytes per round of every campaign of a scenario.
+
+    Raises:
+        SottovoceError: The scenario would not run.
+    """
+    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    base = resident_base(scenario.model.base)
+    plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
+    return {
+        "scenario": scenario.model_dump(mode="json"),
+        "clients": len(dataset.users),
+        "campaigns": {plan.name: _describe_plan(plan) for plan in plans},
+    }
+
+
+def _describe_plan(plan: Plan) -> dict[str, Any]:
+    policy, claim, size = plan.policy, plan.claim(), plan.bytes_per_message()
+    return {
+        "claim": claim.sentence(),
+        "epsilon": claim.epsilon,
+        "delta": claim.delta,
+        "noise_multiplier": policy.noise_multiplier,
+        "rounds": policy.rounds,
+        "cohort_size": policy.cohort_size,
+        "parameters": sum(plan.start[name].size for name, _ in policy.slots),
+        "tensors": {name: list(shape) for name, shape in policy.slots},
+        "bytes_per_client_round": {"up": size, "down": size},
+        "bytes_per_round": {"up": size * policy.cohort_size, "down": size * policy.cohort_size},
+    }
+
+
+def lines(plan: dict[str, Any]) -> list[str]:
+    """The same for a reader."""
+    out = [f"settings of {plan['scenario']['name']}:"]
+    for table, values in plan["scenario"].items():
+        if isinstance(values, dict):
+            out += [
+                f"  {table}.{key} = {json.dumps(value)}" for key, value in values.items() if value is not None
+            ]
+        else:
+            out.append(f"  {table} = {json.dumps(values)}")
+    for name, campaign in plan["campaigns"].items():
+        down, up = campaign["bytes_per_round"]["down"], campaign["bytes_per_round"]["up"]
+        out += [
+            f"campaign {name}: {campaign['rounds']} rounds, {campaign['cohort_size']} of {plan['clients']} clients each, "
+            f"{campaign['parameters']} shared parameters",
+            f"  to be spent: {campaign['claim']}",
+            f"  noise multiplier {campaign['noise_multiplier']:.3f}",
+            f"  bytes per round: {down:,} down, {up:,} up "
+            f"({campaign['bytes_per_client_round']['up']:,} per client each way)",
+        ]
+    return out

@@ -1,0 +1,233 @@
+"""Run a scenario: campaigns over the inline engine, the rows beside them, personal heads, summary and report.
+
+A run folder holds everything the report is made of; ``docs/summary.md`` describes its files.
+"""
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.site import resident_base, resident_dataset
+from shared.adapter import load_start, pooled_features
+from shared.config import Scenario
+from shared.datasets import Dataset
+from shared.errors import ScenarioError
+from shared.metrics import paired_difference, score_row, user_rmse
+from simulations import baselines
+from simulations.campaigns import Plan, Result, plan_campaigns, run_campaign
+
+VERSIONS = (
+    "sottovoce",
+    "flwr",
+    "torch",
+    "opacus",
+    "peft",
+    "transformers",
+    "dp-accounting",
+    "onnxruntime",
+    "numpy",
+)
+
+
+def simulate(scenario: Scenario, *, out: Path, command: str = "", quiet: bool = False) -> dict[str, Any]:
+    """Run a scenario from its data to its report.
+
+    Args:
+        scenario: The settings, from ``load_scenario``.
+        out: The run folder; must not exist.
+        command: What was typed, for the record.
+        quiet: No progress on stderr.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        SottovoceError: Anything that is the user's to mend; finished rounds stay in the folder.
+    """
+    started = time.perf_counter()
+    if out.exists():
+        raise ScenarioError(
+            f"{out} must be a new folder; it exists. Choose another with --out, or remove it."
+        )
+    if scenario.performance.threads:
+        torch.set_num_threads(scenario.performance.threads)
+    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    base = resident_base(scenario.model.base)
+    exported = _exported_users(scenario, dataset)
+    plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
+    out.mkdir(parents=True)
+    _write_json(out / "scenario.json", scenario.model_dump(mode="json"))
+    _write_json(out / "run.json", _describe_run(scenario, command))
+    results = [run_campaign(plan, base, dataset, out=out, quiet=quiet) for plan in plans]
+    predictions = _predict_rows(results, scenario, dataset)
+    from simulations.heads import export_heads  # onnx is slow to import, and not needed before
+
+    heads = export_heads(results[0], exported, base, dataset, folder=out / "heads", quiet=quiet)
+    summary = _summarise(scenario, dataset, results, predictions, out=out, started=started) | heads
+    _write_json(out / "summary.json", summary)
+    from simulations.report import write_report
+
+    write_report(out)
+    return summary
+
+
+def _predict_rows(results: Sequence[Result], scenario: Scenario, dataset: Dataset) -> dict[str, np.ndarray]:
+    """Test predictions of every row of the table; the only time the test part is read."""
+    observer = results[0].observer
+    train, test = observer.train, observer.test
+    bare = pooled_features_at_start(results[0])
+    mean = observer.public_mean()
+    low, high = scenario.task.low, scenario.task.high
+    rows = {
+        "constant": baselines.constant(train, test),
+        "user-mean": baselines.user_mean(train, test, centre=scenario.task.centre),
+        "pooled": baselines.pooled(bare, train, test, ridge=1.0),
+        "local": baselines.local(bare, train, test, mean=mean, users=len(dataset.users), scenario=scenario),
+    }
+    for result in results:
+        seen = result.observer.predict(result.arrays, known=train, asked=test)
+        rows["federated" + result.plan.suffix] = seen.shared
+        rows["personal" + result.plan.suffix] = seen.personal
+    return {name: np.clip(row, low, high) for name, row in rows.items()}
+
+
+def pooled_features_at_start(result: Result) -> np.ndarray:
+    """Pooled features (M, d) of every distinct text at the public start, where LoRA changes nothing."""
+    head = result.observer.head
+    load_start(head, result.plan.start)
+    return pooled_features(head, result.plan.texts.all)
+
+
+def _summarise(
+    scenario: Scenario,
+    dataset: Dataset,
+    results: Sequence[Result],
+    predictions: dict[str, np.ndarray],
+    *,
+    out: Path,
+    started: float,
+) -> dict[str, Any]:
+    """Score every row and put the run's numbers in one place; also writes the RMSE of every user."""
+    test = results[0].observer.test
+    scoring = {"seed": scenario.seed, "resamples": scenario.evaluation.bootstrap_resamples}
+    rows = {
+        name: score_row(row, test.target, test.user, reference=predictions["local"], **scoring)
+        for name, row in predictions.items()
+    }
+    wanted = [
+        ("personal", "local"),
+        ("personal", "federated"),
+        ("personal", "pooled"),
+        ("federated", "pooled"),
+    ]
+    wanted += [("personal", "personal-linear"), ("personal-linear", "local")]
+    differences = {
+        f"{a} - {b}": {
+            "rmse": asdict(
+                paired_difference(predictions[a], predictions[b], test.target, test.user, **scoring)
+            )
+        }
+        for a, b in wanted
+        if a in predictions and b in predictions
+    }
+    per_user = {name: user_rmse(row, test.target, test.user).tolist() for name, row in predictions.items()}
+    _write_json(out / "user_rmse.json", {"users": [u.user for u in dataset.users], "rows": per_user})
+    main = results[0]
+    summary: dict[str, Any] = {
+        "schema": 1,
+        "scenario": scenario.name,
+        "claim": main.plan.claim().sentence(),
+        "stamps": ["tuning: not covered"],
+        "rows": {
+            name: {metric: asdict(value) for metric, value in row.items()} for name, row in rows.items()
+        },
+        "differences": differences,
+        "federation": {
+            "method": scenario.federation.method,
+            "personal_method": scenario.personal.method,
+            "rounds": main.plan.policy.rounds,
+            "clients": len(dataset.users),
+            "replies": main.replies,
+            "rejected": main.rejected,
+        },
+        "data": {
+            "name": dataset.name,
+            "users": len(dataset.users),
+            "fit": sum(len(user.fit) for user in dataset.users),
+            "validation": sum(len(user.validation) for user in dataset.users),
+            "test": sum(len(user.test) for user in dataset.users),
+        },
+    }
+    for result in results:
+        summary[f"privacy{result.plan.suffix.replace('-', '_')}"] = _describe_privacy(result.plan)
+        summary[f"cost{result.plan.suffix.replace('-', '_')}"] = result.cost
+    summary["cost"] = main.cost | {"wall_s": time.perf_counter() - started}
+    return summary
+
+
+def _describe_privacy(plan: Plan) -> dict[str, Any]:
+    claim, policy = plan.claim(), plan.policy
+    return asdict(claim) | {
+        "noise_multiplier": policy.noise_multiplier,
+        "clip_norm": policy.clip_norm,
+        "steps": policy.steps,
+        "rounds": policy.rounds,
+        "policy_sha256": policy.sha256,
+        "sentence": claim.sentence(),
+    }
+
+
+def _exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
+    """Indices of the users who get a head."""
+    wanted = scenario.export.users
+    if isinstance(wanted, int):
+        return list(range(min(wanted, len(dataset.users))))
+    index = {user.user: i for i, user in enumerate(dataset.users)}
+    unknown = [user for user in wanted if user not in index]
+    if unknown:
+        raise ScenarioError(f"export.users must name users of {dataset.name}, got {unknown}.")
+    return [index[user] for user in wanted]
+
+
+def _describe_run(scenario: Scenario, command: str) -> dict[str, Any]:
+    return {
+        "scenario_name": scenario.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": {name: version(name) for name in VERSIONS},
+        "seeds": {"scenario": scenario.seed},
+        "machine": {
+            "cpus": torch.multiprocessing.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "platform": f"{platform.system()} {platform.machine()}",
+        },
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout the code runs from, None where it is none."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    root = Path(__file__).parent.parent
+    found = subprocess.run(
+        [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

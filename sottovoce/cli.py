@@ -1,0 +1,210 @@
+"""The command ``sottovoce``: a table of commands, each imported only when it is called."""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import sottovoce
+from client.cli import add_parser as add_client
+from shared.errors import SottovoceError
+
+_EPILOG = """\
+first steps:
+  sottovoce data fetch                                            fetch the pinned model and data
+  sottovoce simulate simulations/scenarios/movielens.toml --dry-run   what it would spend and send
+  sottovoce simulate simulations/scenarios/movielens.toml         run it; ends with a report and personal heads
+  sottovoce client predict --head RUN/heads/user-1 --text "Fargo (1996). Crime, Drama, Thriller"
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the user's to mend (one line says what), 130 interrupted."""
+    # Nothing we start calls home, and no library asks a hub for what the user did not name.
+    for switch, value in (
+        ("FLWR_TELEMETRY_ENABLED", "0"),
+        ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("RAY_USAGE_STATS_ENABLED", "0"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ[switch] = value
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except SottovoceError as error:
+        print(f"sottovoce: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in {"client", "server", "shared", "simulations", "sottovoce"}:
+            raise
+        print(
+            f"sottovoce: this command needs the package {error.name}, which is not installed; "
+            "run: pip install 'sottovoce[simulate]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("sottovoce: interrupted; what was finished is kept.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sottovoce",
+        description="Federated, differentially private, on-device personalisation of language models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sottovoce {sottovoce.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_simulate(commands)
+    _add_report(commands)
+    _add_bench(commands)
+    _add_data(commands)
+    add_client(commands)
+    return parser
+
+
+def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="run a scenario: many clients at once, one report at the end",
+        description="Run a federated simulation described by a scenario file. It ends with a run folder that holds "
+        "report.html, summary.json, every checkpoint, and ONNX heads for a few users.",
+        epilog="example: sottovoce simulate simulations/scenarios/movielens.toml --set privacy.epsilon=3 --dry-run",
+    )
+    parser.add_argument("scenario", type=Path, help="a scenario file (TOML)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show settings, cost in privacy and bytes; run nothing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print the summary (or the plan) as JSON")
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from shared.config import load_scenario
+
+    scenario = load_scenario(options.scenario, tuple(options.overrides))
+    if options.dry_run:
+        from simulations.dry_run import describe, lines
+
+        plan = describe(scenario, quiet=options.quiet)
+        print(json.dumps(plan, indent=2) if options.json else "\n".join(lines(plan)))
+        return 0
+    from simulations.report import headline
+    from simulations.run import simulate
+
+    out = options.out or Path("runs") / f"{scenario.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    summary = simulate(
+        scenario, out=out, command=shlex.join(["sottovoce", *sys.argv[1:]]), quiet=options.quiet
+    )
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print("\n".join([*headline(summary), f"report: {(out / 'report.html').resolve()}"]))
+    return 0
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write a run's report.html again",
+        description="Write report.html of a finished run again, from the files in its folder.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from simulations.report import headline, read_summary, write_report
+
+    path = write_report(options.folder)
+    summary = read_summary(options.folder)
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print("\n".join([*headline(summary), f"report: {path.resolve()}"]))
+    return 0
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "bench", help="measure", description="Measure, after checking that answers agree."
+    )
+    kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
+    step = kinds.add_parser(
+        "step",
+        help="one local training step: ours, without privacy, and plain Opacus over all layers",
+        description="Time one local training step in CPU-seconds of one thread, the variants interleaved.",
+    )
+    step.add_argument("--rounds", type=int, default=7, help="times each variant is measured (default 7)")
+    step.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    step.add_argument("--quiet", action="store_true", help="no progress")
+    step.set_defaults(run=_bench_step)
+
+
+def _bench_step(options: argparse.Namespace) -> int:
+    from simulations.bench_step import bench_step, lines
+
+    measured = bench_step(rounds=options.rounds, quiet=options.quiet)
+    print(json.dumps(measured, indent=2) if options.json else "\n".join(lines(measured)))
+    return 0
+
+
+def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "data",
+        help="the pinned model and data",
+        description="The pinned model and data: list them, fetch them.",
+    )
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="what there is, how big, which licence, where it lies")
+    listing.add_argument("--json", action="store_true", help="print as JSON")
+    listing.set_defaults(run=_data_list)
+    fetching = actions.add_parser("fetch", help="fetch into the user's cache and verify")
+    fetching.add_argument("names", nargs="*", metavar="NAME", help="assets (default: all)")
+    fetching.add_argument("--quiet", action="store_true", help="no progress")
+    fetching.set_defaults(run=_data_fetch)
+
+
+def _data_list(options: argparse.Namespace) -> int:
+    from shared.assets import ASSETS, cache_folder, describe
+
+    if options.json:
+        entries = [
+            {"name": name, "description": describe(name), "folder": str(cache_folder(name))}
+            for name in ASSETS
+        ]
+        print(json.dumps(entries, indent=2))
+    else:
+        for name in ASSETS:
+            state = "in" if cache_folder(name).is_dir() else "not yet in"
+            print(f"{describe(name)}\n  {state} {cache_folder(name)}")
+    return 0
+
+
+def _data_fetch(options: argparse.Namespace) -> int:
+    from shared.assets import ASSETS, fetch
+
+    for name in options.names or ASSETS:
+        print(f"{name}: {fetch(name, quiet=options.quiet)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
