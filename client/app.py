@@ -85,9 +85,10 @@ def _check(content: RecordDict, policy: Policy) -> tuple[Arrays, int]:
 
 def _spend(context: Context, round_number: int, policy: Policy) -> None:
     """Count this round against ``max_participations``; rounds only go forward, so none is answered twice."""
-    state = context.state.get(_STATE, ConfigRecord({"count": 0, "last_round": 0}))
-    if round_number <= state["last_round"]:
+    state = context.state.config_records.get(_STATE, ConfigRecord())
+    count, last_round = (int(str(state.get(key, 0))) for key in ("count", "last_round"))
+    if round_number <= last_round:
         raise RefusedError("ROUND")
-    if state["count"] >= policy.max_participations:
+    if count >= policy.max_participations:
         raise RefusedError("BUDGET")
-    context.state[_STATE] = ConfigRecord({"count": state["count"] + 1, "last_round": round_number})
+    context.state[_STATE] = ConfigRecord({"count": count + 1, "last_round": round_number})

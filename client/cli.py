@@ -23,9 +23,7 @@ another base, is refused with one line and exit code 2.
 
 def add_parser(subparsers: "Subparsers") -> None:
     """Register ``client`` and its sub-commands; each sets ``handler``, a function of the parsed arguments."""
-    client = subparsers.add_parser(
-        "client", help="what runs on a device", description="What runs on a device."
-    )
+    client = subparsers.add_parser("client", help="what runs on a device", description="What runs on a device.")
     commands = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
     parser = commands.add_parser(
         "predict",
@@ -35,14 +33,10 @@ def add_parser(subparsers: "Subparsers") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--head", type=Path, required=True, metavar="DIR", help="folder of the user's head")
-    parser.add_argument(
-        "--base", type=Path, metavar="DIR", help="folder of the fleet's base (default: HEAD/../base)"
-    )
+    parser.add_argument("--base", type=Path, metavar="DIR", help="folder of the fleet's base (default: HEAD/../base)")
     parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text; may be repeated")
     parser.add_argument("--file", type=Path, metavar="TXT", help="more texts, one a line, in UTF-8")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of one line per text"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of one line per text")
     parser.set_defaults(handler=predict)
 
 
@@ -61,9 +55,7 @@ def predict(args: argparse.Namespace) -> int:
     predictions = head.predict(texts).tolist()
     if args.json:
         rows = [{"text": t, "prediction": round(p, 4)} for t, p in zip(texts, predictions, strict=True)]
-        print(
-            json.dumps({"head": str(args.head), "user": head.user, "predictions": rows}, ensure_ascii=False)
-        )
+        print(json.dumps({"head": str(args.head), "user": head.user, "predictions": rows}, ensure_ascii=False))
     else:
         for text, prediction in zip(texts, predictions, strict=True):
             print(f"{prediction:.1f}  {text}")

@@ -118,9 +118,7 @@ def export_base(
         _write_json(new / MANIFEST, manifest)
         pooled, predictions = open_base(new).run(probes)
         wanted = compute_features(base, probes, head_blocks=0, max_tokens=max_tokens)
-        difference = _compare(
-            pooled, np.stack([wanted.batch([row])[0][0, 0].numpy() for row in range(len(probes))])
-        )
+        difference = _compare(pooled, np.stack([wanted.batch([row])[0][0, 0].numpy() for row in range(len(probes))]))
         if not (predictions == np.float32(task.centre)).all():
             raise HeadError(
                 f"the base without adapter must predict {task.centre} for every text, "
@@ -193,13 +191,9 @@ def export_head(
         _write_json(new / MANIFEST, manifest)
         personal = open_head(new, base=fleet)
         predictions = personal.raw(probes)
-        difference = _compare(
-            predictions, _torch_predictions(head, base_folder, probes, output_weight, output_bias)
-        )
+        difference = _compare(predictions, _torch_predictions(head, base_folder, probes, output_weight, output_bias))
         without_lora = {name: tensors[name] for name in OUTPUT_SLOTS}
-        _check_active(
-            predictions, fleet.run(probes)[1], active=_output_differs(tensors, head.centre), what="head"
-        )
+        _check_active(predictions, fleet.run(probes)[1], active=_output_differs(tensors, head.centre), what="head")
         pooled, bare = (fleet.run(probes, adapter=part)[0] for part in (tensors, without_lora))
         _check_active(pooled, bare, active=_lora_differs(lora), what="LoRA")
         manifest["parity"] = {"n_probes": len(probes), "max_abs": difference, "tolerance": TOLERANCE}
@@ -250,9 +244,7 @@ def _lora_differs(lora: Mapping[str, np.ndarray]) -> bool:
 def _adapter_tensors(head: Head, output_weight: np.ndarray, output_bias: float) -> dict[str, np.ndarray]:
     """Slot name -> float32 array: LoRA transposed to x @ A @ B, its scaling in B; and the output layer."""
     if output_weight.shape != (head.base[0].hidden_size,):
-        raise HeadError(
-            f"output_weight must have shape ({head.base[0].hidden_size},), got {output_weight.shape}."
-        )
+        raise HeadError(f"output_weight must have shape ({head.base[0].hidden_size},), got {output_weight.shape}.")
     tensors = {
         "output.weight": np.ascontiguousarray(output_weight[:, None], dtype=np.float32),
         "output.bias": np.array([output_bias], dtype=np.float32),
@@ -289,14 +281,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A hidden sibling that takes the folder's place at the end, or vanishes when anything goes wrong."""
-    if (
-        folder.exists()
-        and not (folder / MANIFEST).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise HeadError(
-            f"{folder} must be new, empty or an earlier export, got something else; choose another folder."
-        )
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise HeadError(f"{folder} must be new, empty or an earlier export, got something else; choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{state}") for state in ("new", "old"))
     new.mkdir(mode=0o700)

@@ -28,6 +28,7 @@ _MAX_MODEL_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB
 
 
 def lora_slot(block: int, target: str) -> str:
+    """Name of a layer's pair of slots; its inputs are this with ``.A`` and ``.B``."""
     return f"lora.block.{block}.{target}"
 
 
@@ -36,22 +37,19 @@ def slot_layers(base: Base, blocks: Sequence[int], targets: Sequence[str]) -> di
     layers = {}
     for number in sorted(set(blocks)):
         if not 0 <= number < base.num_blocks:
-            raise HeadError(
-                f"blocks must lie between 0 and {base.num_blocks - 1} for this base, got {number}."
-            )
+            raise HeadError(f"blocks must lie between 0 and {base.num_blocks - 1} for this base, got {number}.")
         modules = dict(base.family.blocks(base.model)[number].named_modules())
         for target in sorted(set(targets)):
             layer = modules.get(target)
             if not isinstance(layer, nn.Linear):
                 known = sorted(name for name, module in modules.items() if isinstance(module, nn.Linear))
-                raise HeadError(
-                    f"targets must name linear layers of a block ({', '.join(known)}), got {target!r}."
-                )
+                raise HeadError(f"targets must name linear layers of a block ({', '.join(known)}), got {target!r}.")
             layers[lora_slot(number, target)] = layer
     return layers
 
 
 def describe_slot(name: str, shape: Sequence[int | str]) -> dict[str, Any]:
+    """A slot or its tensor as manifests list it."""
     return {"name": name, "shape": list(shape), "dtype": "float32"}
 
 
@@ -76,6 +74,7 @@ class PooledBase(nn.Module):
         self.model = base.model  # registered, so that the graph's nodes carry its modules' names
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pooled features (B, d)."""
         (base,) = self.base
         return base.backbone(input_ids, attention_mask.bool(), head_blocks=0)[:, 0]  # (B, d)
 
@@ -92,16 +91,14 @@ def build_graph(
     graph = _trace(PooledBase(base), max_tokens=max_tokens)
     if not graph.ByteSize() < _MAX_MODEL_BYTES:
         raise HeadError(
-            f"the base must fit one ONNX file of 2 GiB, got {graph.ByteSize() / 2**30:.1f} GiB; "
-            "use a smaller base."
+            f"the base must fit one ONNX file of 2 GiB, got {graph.ByteSize() / 2**30:.1f} GiB; use a smaller base."
         )
     plain = graph.SerializeToString()
     _insert_slots(graph, base, layers, centre=centre)
     _strip_metadata(graph)
     slotted: bytes = graph.SerializeToString()
     before, after = (
-        run_session(open_session(model, threads=1), token_ids, {}, ["pooled"])[0]
-        for model in (plain, slotted)
+        run_session(open_session(model, threads=1), token_ids, {}, ["pooled"])[0] for model in (plain, slotted)
     )
     if not np.array_equal(before, after):
         raise HeadError(
@@ -136,9 +133,7 @@ def _trace(model: PooledBase, *, max_tokens: int) -> onnx.ModelProto:
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Silence what the exporter says about itself, by the words it uses, and nothing else."""
-    logger = logging.getLogger(
-        "torch.onnx._internal.exporter._registration"
-    )  # "torchvision is not installed"
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -150,9 +145,7 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _insert_slots(
-    graph_model: onnx.ModelProto, base: Base, layers: Mapping[str, nn.Linear], *, centre: float
-) -> None:
+def _insert_slots(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str, nn.Linear], *, centre: float) -> None:
     """Add x @ A @ B beside every layer's product, and the output layer after the pooling, in place."""
     graph = graph_model.graph
     module_names = {module: name for name, module in PooledBase(base).named_modules()}
@@ -240,6 +233,7 @@ def read_graph(cache: Path | None, key: str) -> bytes | None:
 
 
 def store_graph(cache: Path | None, key: str, model: bytes) -> None:
+    """Keep a graph under its key, the hash last, so that an interrupted write is no entry."""
     if cache is None:
         return
     cache.mkdir(parents=True, exist_ok=True)

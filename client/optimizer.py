@@ -1,4 +1,4 @@
-"""Where clipping, noise and the policy's constants meet: one noisy step of DP-SGD, and the plain step without privacy."""
+"""Where clipping, noise and the policy's constants meet: one noisy step of DP-SGD, or one without privacy."""
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -51,9 +51,7 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
     def step(self, closure: None = None) -> None:
         """Add the noise, divide by the constant, move the parameters, forget everything."""
         for parameter in self.params:
-            total = (
-                parameter.summed_grad if parameter.summed_grad is not None else torch.zeros_like(parameter)
-            )
+            total = parameter.summed_grad if parameter.summed_grad is not None else torch.zeros_like(parameter)
             stddev = self.noise_multiplier * self.max_grad_norm
             noised = add_gaussian_noise(total, stddev=stddev, generator=self.generator)
             parameter.grad = noised / self.expected_batch_size
@@ -82,4 +80,4 @@ class PlainOptimizer:
         self._sgd.zero_grad()
 
 
-OPTIMIZERS = {"local": PolicyOptimizer, "none": PlainOptimizer}
+OPTIMIZERS: dict[str, type[PolicyOptimizer] | type[PlainOptimizer]] = {"local": PolicyOptimizer, "none": PlainOptimizer}

@@ -1,4 +1,4 @@
-"""What a device adds for itself: a private output layer on the shared model's features. It never leaves, so no noise."""
+"""What a device adds for itself: a private output on the shared features. It never leaves, so it needs no noise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -157,9 +157,7 @@ def open_base(folder: Path, *, threads: int = 1) -> FleetBase:
 
 def base_id(manifest: Mapping[str, Any]) -> str:
     """Short hash over what decides a base's outputs: its files, tokenizer settings, slots and task."""
-    decisive = {
-        key: manifest[key] for key in ("schema", "files", "base_sha256", "tokenizer", "slots", "task")
-    }
+    decisive = {key: manifest[key] for key in ("schema", "files", "base_sha256", "tokenizer", "slots", "task")}
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -169,9 +167,7 @@ def open_session(model: bytes, *, threads: int, name: str = MODEL) -> onnxruntim
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = min(threads, os.cpu_count() or 1)
     options.inter_op_num_threads = 1
-    options.log_severity_level = (
-        3  # the default warns of every slot that it is not a constant, which is its purpose
-    )
+    options.log_severity_level = 3  # the default warns of every slot that it is not a constant, which is its purpose
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -253,9 +249,7 @@ def _read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
         raise _damaged(path, "it must be JSON") from None
     found = (manifest.get("schema"), manifest.get("kind")) if isinstance(manifest, dict) else manifest
     if found != (SCHEMA, kind):
-        raise HeadError(
-            f"{path} must describe {what} of schema {SCHEMA}, got {found!r}; name the right folder."
-        )
+        raise HeadError(f"{path} must describe {what} of schema {SCHEMA}, got {found!r}; name the right folder.")
     return dict(manifest)
 
 
@@ -266,9 +260,7 @@ def _read_file(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     except (KeyError, TypeError):
         raise _damaged(folder / MANIFEST, f"it must name size and sha256 of {name}") from None
     if type(size) is not int or not 0 < size <= _MAX_FILE_BYTES:
-        raise _damaged(
-            folder / MANIFEST, f"the size of {name} must be between 1 and {_MAX_FILE_BYTES}, got {size!r}"
-        )
+        raise _damaged(folder / MANIFEST, f"the size of {name} must be between 1 and {_MAX_FILE_BYTES}, got {size!r}")
     path = folder / name
     if not path.is_file():
         raise HeadError(f"{path} must exist, as {MANIFEST} names it; export it again.")

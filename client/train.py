@@ -16,6 +16,8 @@ from shared.errors import RefusedError
 from shared.features import Features
 from shared.policy import Policy
 
+_MAX_PADDING = 1.12  # padded over real tokens of one micro-batch: less costs more passes than it saves
+
 
 def make_trainable(head: Head, policy: Policy) -> GradSampleModule | Head:
     """Give the head per-sample gradients where the policy needs them. Once per process: hooks are not free."""
@@ -60,7 +62,7 @@ def train_shared(
     optimizer = OPTIMIZERS[policy.trust](list(shared_parameters(head).values()), policy, noise)
     for _ in range(policy.steps):
         rows = _draw(len(targets), policy.sampling_rate, sampling)
-        for batch in _micro_batches(rows, features.lengths, micro_batch):
+        for batch in micro_batches(rows, features.lengths, micro_batch):
             hidden, mask = features.batch(batch)  # (B, T, d), (B, T)
             errors = module(hidden, mask) - targets[batch]  # (B,)
             loss = 0.5 * (errors**2).sum()  # a sum of per-sample losses: no sample touches another's gradient
@@ -91,8 +93,15 @@ def _draw(count: int, rate: float, generator: torch.Generator) -> np.ndarray:
     return np.flatnonzero(torch.rand(count, generator=generator, dtype=torch.float64).numpy() < rate)
 
 
-def _micro_batches(rows: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Cut the drawn rows, sorted by length so that padding stays small; order does not change a sum."""
+def micro_batches(rows: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Cut the drawn rows, sorted by length, into runs that waste little on padding; order does not change a sum."""
     rows = rows[np.argsort(lengths[rows], kind="stable")]
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+    start = tokens = 0
+    for end, length in enumerate(lengths[rows].tolist()):
+        count = end - start + 1
+        if end > start and (count > size or length * count > _MAX_PADDING * (tokens + length)):
+            yield rows[start:end]
+            start, tokens = end, 0
+        tokens += length
+    if len(rows):
+        yield rows[start:]

@@ -82,8 +82,7 @@ def adam_step(
     first = {n: beta1 * state.first.get(n, 0.0) + (1 - beta1) * update[n] for n in arrays}
     second = {n: beta2 * state.second.get(n, 0.0) + (1 - beta2) * update[n] ** 2 for n in arrays}
     direction = {
-        name: (first[name] / (1 - beta1**step))
-        / (np.sqrt(second[name] / (1 - beta2**step)) + federation.adam_epsilon)
+        name: (first[name] / (1 - beta1**step)) / (np.sqrt(second[name] / (1 - beta2**step)) + federation.adam_epsilon)
         for name in arrays
     }
     return _move(arrays, direction, federation), OptimizerState(step, first, second)
@@ -92,12 +91,9 @@ def adam_step(
 def _move(arrays: Arrays, direction: Mapping[str, np.ndarray], federation: FederationConfig) -> Arrays:
     rate = federation.server_learning_rate
     rates = {
-        name: rate if name.startswith("output.") else rate * federation.lora_learning_rate_factor
-        for name in arrays
+        name: rate if name.startswith("output.") else rate * federation.lora_learning_rate_factor for name in arrays
     }
-    return {
-        name: (array + rates[name] * direction[name]).astype(np.float32) for name, array in arrays.items()
-    }
+    return {name: (array + rates[name] * direction[name]).astype(np.float32) for name, array in arrays.items()}
 
 
 SERVER_OPTIMIZERS = {"momentum": momentum_step, "adam": adam_step}

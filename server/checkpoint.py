@@ -40,9 +40,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "first": checkpoint.optimizer.first,
         "second": checkpoint.optimizer.second,
     }
-    payload = save(
-        {f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()}
-    )
+    payload = save({f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()})
     state = {
         "round": checkpoint.round_number,
         "optimizer_step": checkpoint.optimizer.step,
@@ -71,9 +69,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         payload = (path / "tensors.safetensors").read_bytes()
         if hashlib.sha256(payload).hexdigest() != state["tensors_sha256"]:
-            raise CampaignError(
-                f"{path} must hold the tensors that were saved; they were altered or cut short."
-            )
+            raise CampaignError(f"{path} must hold the tensors that were saved; they were altered or cut short.")
         tensors = load(payload)
         parts: dict[str, dict[str, np.ndarray]] = {"arrays": {}, "first": {}, "second": {}}
         for name in sorted(tensors):

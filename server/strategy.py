@@ -51,9 +51,7 @@ class EqualWeights(Strategy):
         timeout_s = self.campaign.scenario.federation.round_timeout_s
         for node in self._choose_cohort(server_round, sorted(grid.get_node_ids())):
             # ttl and group keep a device that comes back late from answering an old round
-            yield Message(
-                content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(server_round)
-            )
+            yield Message(content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(server_round))
 
     def _choose_cohort(self, server_round: int, nodes: list[int]) -> list[int]:
         """The devices asked least often so far, ties broken by a seeded shuffle: nobody is asked twice in a pass."""

@@ -13,6 +13,7 @@ from shared.errors import PrivacyError
 MAX_EPSILON = 200.0  # beyond it nothing is promised: priced as infinite, refused as a target
 _MIN_NOISE_MULTIPLIER = 0.05  # one release at MAX_EPSILON needs .06
 _MAX_NOISE_MULTIPLIER = 1e9
+_MIN_DELTA = 1e-12  # the convolutions are exact to about 1e-15
 _TOLERANCE = 2e-3  # relative: calibrated epsilon below its target, and noise above the smallest
 _GRID_STEPS = 1e5  # a grid finer than epsilon / 1e5 costs seconds and changes the sixth digit
 
@@ -46,9 +47,7 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
-            raise PrivacyError(
-                f"noise_multiplier must be finite and > 0, got {self.noise_multiplier}. Calibrate it."
-            )
+            raise PrivacyError(f"noise_multiplier must be finite and > 0, got {self.noise_multiplier}. Calibrate it.")
         if not 0 < self.sampling_rate <= 1:
             raise PrivacyError(
                 f"privacy.sampling_rate must be in (0, 1], got {self.sampling_rate}. "
@@ -68,12 +67,12 @@ def epsilon(mechanism: Mechanism, *, delta: float, discretization: float = 1e-4)
 
     Args:
         mechanism: What one device releases.
-        delta: In (0, 1); below 1e-12 the price turns pessimistic, then infinite.
+        delta: In [1e-12, 1).
         discretization: Grid of the privacy loss; epsilon / 100,000 is used where that is coarser.
 
     Returns:
-        An epsilon the campaign satisfies with ``delta``, records added or removed; ``inf`` above 200 and where
-        the noise multiplier is below .05.
+        An epsilon the campaign satisfies with ``delta``, records added or removed; ``inf`` above 200
+        and where the noise multiplier is below .05.
 
     Raises:
         PrivacyError: ``delta`` or ``discretization`` is impossible.
@@ -95,11 +94,11 @@ def epsilon_by_participation(mechanism: Mechanism, *, delta: float) -> list[floa
 
     Args:
         mechanism: What one device releases.
-        delta: In (0, 1).
+        delta: In [1e-12, 1).
 
     Returns:
-        Epsilon after 1, 2, ... ``max_participations`` rounds. The last equals ``epsilon``; the others come from
-        a coarser grid and lie up to .001 high.
+        Epsilon after 1, 2, ... ``max_participations`` rounds. The last equals ``epsilon()``; the others
+        come from a grid of epsilon / 10,000, at least 1e-4, and lie a little high.
 
     Raises:
         PrivacyError: ``delta`` is impossible.
@@ -108,15 +107,12 @@ def epsilon_by_participation(mechanism: Mechanism, *, delta: float) -> list[floa
     after = [replace(mechanism, max_participations=k) for k in range(1, mechanism.max_participations + 1)]
     if not math.isfinite(total):
         return [epsilon(campaign, delta=delta) for campaign in after]
-    grid = min(1e-3, max(1e-4, total / 1e4)) if total < 20 else total / 2e4
-    if mechanism.sampling_rate == 1:
-        return [min(_price(campaign, delta, grid), total) for campaign in after]
-    one_round = _distribution(after[0], grid)
-    composed, curve = one_round, [total]
-    for _ in after[1:]:  # the last is known
-        curve.insert(-1, min(float(composed.get_epsilon_for_delta(delta)), total))
+    one_round = _distribution(after[0], max(1e-4, total / 1e4))
+    composed, curve = one_round, []
+    for _ in after[:-1]:
+        curve.append(min(float(composed.get_epsilon_for_delta(delta)), total))
         composed = composed.compose(one_round)
-    return curve
+    return [*curve, total]
 
 
 def calibrate_noise(
@@ -126,13 +122,13 @@ def calibrate_noise(
 
     Args:
         epsilon: Target for the whole campaign; in (0, 200].
-        delta: In (0, 1), and below the chance that a record is sampled at all.
+        delta: In [1e-12, 1), and below the chance that a record is sampled at all.
         sampling_rate: See ``Mechanism``.
         steps: See ``Mechanism``.
         max_participations: See ``Mechanism``.
 
     Returns:
-        The noise multiplier, at most .2 % above the smallest one the accountant certifies.
+        The noise multiplier; its epsilon lies within .2 % below the target.
 
     Raises:
         PrivacyError: An impossible value, or no noise reaches the target.
@@ -141,7 +137,7 @@ def calibrate_noise(
         ``epsilon()`` of the returned mechanism is at most the target: that very price was evaluated.
 
     Source:
-        The start value is Balle & Wang 2018, arXiv:1805.06530, and under sampling the central limit theorem of
+        Start value: Balle & Wang 2018, arXiv:1805.06530, and under sampling the central limit theorem of
         Bu et al. 2020, arXiv:1911.11607. It only saves time: search and certificate are the accountant's.
     """
     if not 0 < epsilon <= MAX_EPSILON:
@@ -158,9 +154,7 @@ def calibrate_noise(
         )
 
     def search(start: float, price: Callable[[Mechanism], float]) -> float:
-        return _smallest_noise(
-            lambda noise: price(replace(unit, noise_multiplier=noise)), start=start, target=epsilon
-        )
+        return _smallest_noise(lambda noise: price(replace(unit, noise_multiplier=noise)), start=start, target=epsilon)
 
     noise = search(_guess_noise(epsilon, delta, unit), lambda m: _price(m, delta, max(1e-4, 4e-3 * epsilon)))
     noise = search(noise, lambda m: _price(m, delta, max(1e-4, 4e-4 * epsilon)))
@@ -231,7 +225,7 @@ def record_claim(mechanism: Mechanism, *, delta: float) -> Claim:
 
     Args:
         mechanism: What one device releases.
-        delta: In (0, 1).
+        delta: In [1e-12, 1).
 
     Returns:
         The claim, its epsilon from ``epsilon()``.
@@ -274,25 +268,25 @@ def no_claim(*, max_participations: int) -> Claim:
 def _check_count(key: str, count: int) -> None:
     """Refuse what is not a whole number of at least one."""
     if not (isinstance(count, int) and count >= 1):
-        raise PrivacyError(
-            f"{key} must be a whole number >= 1, got {count}. Name every step and round there is."
-        )
+        raise PrivacyError(f"{key} must be a whole number >= 1, got {count}. It fixes how often noise is added.")
 
 
 def _check_delta(delta: float) -> None:
-    """Refuse an impossible delta."""
+    """Refuse a delta that is impossible or beyond the accountant's arithmetic."""
     if not 0 < delta < 1:
         raise PrivacyError(
             f"privacy.delta must be in (0, 1), got {delta}. A common choice is below 1 / number of clients."
+        )
+    if delta < _MIN_DELTA:
+        raise PrivacyError(
+            f"privacy.delta must be at least {_MIN_DELTA}, got {delta}. Floating point cannot price less."
         )
 
 
 def _round_up(value: float) -> str:
     """Write a number with three digits, never below it."""
     exact = Decimal(str(value))
-    return (
-        str(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING)) if value else "0"
-    )
+    return str(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING)) if value else "0"
 
 
 def _distribution(mechanism: Mechanism, grid: float) -> Any:
@@ -344,24 +338,22 @@ def _guess_noise(epsilon: float, delta: float, unit: Mechanism) -> float:
     from dp_accounting.pld import common, privacy_loss_mechanism
 
     target = common.DifferentialPrivacyParameters(epsilon, delta)
-    alone = float(
-        privacy_loss_mechanism.GaussianPrivacyLoss.from_privacy_guarantee(target).standard_deviation
-    )
+    alone = float(privacy_loss_mechanism.GaussianPrivacyLoss.from_privacy_guarantee(target).standard_deviation)
     if unit.sampling_rate == 1:
         return alone * math.sqrt(unit.releases)
     return 1 / math.sqrt(math.log1p(1 / (alone * unit.sampling_rate) ** 2 / unit.releases))
 
 
 def _smallest_noise(price: Callable[[float], float], *, start: float, target: float) -> float:
-    """Return a noise multiplier that ``price`` puts within the target: secants on log scales, in a bracket."""
-    low, high = -math.inf, math.log(_MAX_NOISE_MULTIPLIER)  # log noise: too little; more is not tried
+    """Return a noise multiplier that ``price`` puts just within the target, by secants on log scales."""
+    low, high, priced = -math.inf, math.log(_MAX_NOISE_MULTIPLIER), False  # log noise; was ``high`` priced?
     x, slope, previous = math.log(start), -1.5, (math.nan, math.nan)
-    for _ in range(60):
+    for _ in range(100):
         value = price(math.exp(x))
         excess = math.log(value / target) if 0 < value < math.inf else math.copysign(math.inf, value - target)
-        if -_TOLERANCE <= excess <= 0:
-            return math.exp(x)
-        low, high = (x, high) if excess > 0 else (low, x)
+        low, high, priced = (x, high, priced) if excess > 0 else (low, x, True)
+        if -_TOLERANCE <= excess <= 0 or high - low < _TOLERANCE / 10:
+            break
         if math.isinf(excess):
             guess = x + math.copysign(1.0, excess)
         else:
@@ -370,7 +362,9 @@ def _smallest_noise(price: Callable[[float], float], *, start: float, target: fl
             previous = (x, excess)
             guess = x - (excess + _TOLERANCE / 2) / slope
         x = guess if low < guess < high else (low + high) / 2
-    raise PrivacyError(
-        f"privacy.epsilon must be within reach, got {target}: no noise reaches it with this delta and so many "
-        "steps. Raise privacy.delta or privacy.epsilon, or lower training.steps or privacy.max_participations."
-    )
+    if not priced:
+        raise PrivacyError(
+            f"privacy.epsilon must be within reach, got {target}: no noise reaches it with so many steps and "
+            "so small a delta. Raise privacy.epsilon or privacy.delta, or lower privacy.max_participations."
+        )
+    return math.exp(high)

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from shared.config import AdapterConfig
@@ -55,9 +56,7 @@ class Head(nn.Module):
         ScenarioError: A LoRA target does not exist in the blocks.
     """
 
-    def __init__(
-        self, base: Base, *, blocks: int, adapter: AdapterConfig, method: str, centre: float
-    ) -> None:
+    def __init__(self, base: Base, *, blocks: int, adapter: AdapterConfig, method: str, centre: float) -> None:
         super().__init__()
         self.base = (base,)  # a tuple, so that the whole base is not registered as a submodule
         self.centre = centre
@@ -78,9 +77,7 @@ class Head(nn.Module):
             parameter.requires_grad_(part in SHARED_PARTS[method])
         for module in self.modules():
             if isinstance(module, nn.Dropout):
-                module.p = (
-                    0.0  # so that training and evaluation, here and on the exported graph, are one function
-                )
+                module.p = 0.0  # so that training and evaluation, here and on the exported graph, are one function
 
     def features(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Backbone outputs (B, T, d) with mask (B, T) -> pooled features (B, d)."""
@@ -127,7 +124,7 @@ def _inject_lora(blocks: nn.ModuleList, adapter: AdapterConfig) -> None:
     )
     inject_adapter_in_model(config, blocks)
     for module in blocks.modules():
-        if hasattr(module, "lora_B"):
+        if isinstance(module, LoraLayer):
             module.scaling["default"] = adapter.scaling
 
 

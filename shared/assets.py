@@ -76,17 +76,13 @@ _MINILM = Asset(
             90_868_376,
         ),
         AssetFile("modules.json", "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf", 349),
-        AssetFile(
-            "tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037", 466_247
-        ),
+        AssetFile("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037", 466_247),
         AssetFile(
             "sentence_bert_config.json",
             "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
             53,
         ),
-        AssetFile(
-            "1_Pooling/config.json", "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23", 190
-        ),
+        AssetFile("1_Pooling/config.json", "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23", 190),
     ),
 )
 
@@ -100,9 +96,7 @@ _ML_100K = Asset(
     licence="GroupLens ml-100k terms: research use, no redistribution, no commercial use without permission",
     source="GroupLens Research, University of Minnesota; RecBole (MIT) copied it, only the data is taken.",
     files=(
-        AssetFile(
-            "ml-100k.inter", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff", 1_979_230
-        ),
+        AssetFile("ml-100k.inter", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff", 1_979_230),
         AssetFile("ml-100k.item", "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532", 66_632),
         AssetFile("ml-100k.user", "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972", 22_697),
     ),
@@ -159,8 +153,7 @@ def resolve(reference: str, *, quiet: bool = False) -> Path:
     folder = Path(reference).expanduser()
     if not folder.is_dir():
         raise AssetError(
-            f"{reference!r} must be an existing folder, hub:ORG/NAME or one of {_names()}; "
-            "there is no such folder."
+            f"{reference!r} must be an existing folder, hub:ORG/NAME or one of {_names()}; there is no such folder."
         )
     return folder
 
@@ -328,13 +321,9 @@ def _fetch_hub(reference: str, quiet: bool) -> Path:
     if quiet:
         disable_progress_bars()
     else:
-        print(
-            f"fetching {reference} from the hub; size and licence: see its card", file=sys.stderr, flush=True
-        )
+        print(f"fetching {reference} from the hub; size and licence: see its card", file=sys.stderr, flush=True)
     try:
-        return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"])
-        )
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise AssetError(

@@ -17,24 +17,24 @@ def clipped_sum(per_sample: Sequence[torch.Tensor], *, clip_norm: float) -> list
     """Clip every sample to an L2 norm of ``clip_norm`` over all tensors jointly, then sum over the samples.
 
     Args:
-        per_sample: One floating tensor per parameter, shape (n, *parameter), the same n for all; n = 0 is allowed.
-            Left as they are.
+        per_sample: One floating tensor per parameter, shape (n, *parameter), the same n for all, 0
+            included. Left as they are.
         clip_norm: Bound C on the norm of one sample's contribution, in gradient units; finite and > 0.
 
     Returns:
-        One tensor per parameter without the leading n, float32 (float64 where the input is). A sample that holds
-        NaN or inf contributes exactly zero, and so does one whose norm is beyond 1e38 times C.
+        One tensor per parameter without the leading n, float32 (float64 where the input is). A sample
+        that holds NaN or inf contributes exactly zero, and so does one whose norm is beyond 1e38 times C.
 
     Raises:
-        ValueError: ``clip_norm`` is not finite and positive, there is no tensor, one is not floating, or n differs.
+        ValueError: ``clip_norm`` is not finite and positive, a tensor is not floating, or n differs.
 
     Guarantee:
-        Adding or removing one sample moves the returned vector by at most ``clip_norm``, up to the float32 rounding
-        of the sum. A sample's own contribution never exceeds ``clip_norm``.
+        Adding or removing one sample moves the returned vector by at most ``clip_norm``, up to the float32
+        rounding of the sum. A sample's own contribution never exceeds ``clip_norm``.
 
     Source:
-        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1. We scale by min(1, C (1 - 1e-5) / norm), so that rounding
-        cannot carry a sample past C.
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1. We scale by min(1, C (1 - 1e-5) / norm),
+        so that rounding cannot carry a sample past C.
 
     Example:
         >>> [total] = clipped_sum([torch.tensor([[3.0, 4.0], [0.0, 0.5], [torch.nan, 1.0]])], clip_norm=1.0)
@@ -47,13 +47,10 @@ def clipped_sum(per_sample: Sequence[torch.Tensor], *, clip_norm: float) -> list
         raise ValueError("per_sample must hold floating tensors of shape (n, *parameter), at least one.")
     counts = {x.shape[0] for x in per_sample}
     if len(counts) != 1:
-        raise ValueError(
-            f"per_sample must have the same number of samples in every tensor, got {sorted(counts)}."
-        )
+        raise ValueError(f"per_sample must have the same number of samples in every tensor, got {sorted(counts)}.")
     (count,) = counts
     rows = [
-        x.reshape(count, math.prod(x.shape[1:])).to(torch.promote_types(x.dtype, torch.float32))
-        for x in per_sample
+        x.reshape(count, math.prod(x.shape[1:])).to(torch.promote_types(x.dtype, torch.float32)) for x in per_sample
     ]  # (n, p_i)
     norms = torch.linalg.vector_norm(torch.stack([_row_norms(x) for x in rows]), dim=0)  # (n,) float64
     factors = (clip_norm * (1 - _ROUNDING_MARGIN) / norms).clamp(max=1.0)
@@ -61,10 +58,7 @@ def clipped_sum(per_sample: Sequence[torch.Tensor], *, clip_norm: float) -> list
     if not bool(usable.all()):  # 0 * NaN is NaN: the rows themselves must go
         factors = factors.where(usable, 0.0)
         rows = [x.where(usable[:, None], 0.0) for x in rows]
-    return [
-        (factors.to(x.dtype) @ x).reshape(original.shape[1:])
-        for x, original in zip(rows, per_sample, strict=True)
-    ]
+    return [(factors.to(x.dtype) @ x).reshape(original.shape[1:]) for x, original in zip(rows, per_sample, strict=True)]
 
 
 def _row_norms(rows: torch.Tensor) -> torch.Tensor:
@@ -78,13 +72,12 @@ def _row_norms(rows: torch.Tensor) -> torch.Tensor:
 
 def _block_norms(rows: torch.Tensor) -> torch.Tensor:
     """Return the norm of each row from the norms of its blocks."""
-    blocks = [torch.linalg.vector_norm(block, dim=1) for block in rows.split(_BLOCK, dim=1)]
-    return torch.linalg.vector_norm(torch.stack(blocks), dim=0, dtype=torch.float64)
+    blocks = [torch.linalg.vector_norm(block, dim=1) for block in torch.split(rows, _BLOCK, dim=1)]
+    norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(blocks), dim=0, dtype=torch.float64)
+    return norms
 
 
-def clip_by_norm(
-    update: Mapping[str, np.ndarray], *, clip_norm: float
-) -> tuple[dict[str, np.ndarray], float]:
+def clip_by_norm(update: Mapping[str, np.ndarray], *, clip_norm: float) -> tuple[dict[str, np.ndarray], float]:
     """Scale an update so that its global L2 norm is at most ``clip_norm``.
 
     Args:

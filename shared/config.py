@@ -63,12 +63,10 @@ class AdapterConfig(Settings):
     """The trainable part of the head: LoRA on its blocks and the task output on public, whitened features."""
 
     rank: Count = 4
-    scaling: Positive = 1.0  # LoRA's alpha / rank: how far one unit of B moves a layer
-    targets: tuple[str, ...] = ("attention.output.dense", "output.dense")
-    whitened_features: Count = (
-        256  # leading directions of the public texts' features (research: d = 128..256)
-    )
-    whitening_ridge: NonNegative = 0.05  # share of the largest eigenvalue added to every one
+    scaling: Positive = 2.0  # LoRA's alpha / rank: how far one unit of B moves a layer
+    targets: tuple[str, ...] = ("output.dense",)  # the top layer: nothing below it needs a backward pass
+    whitened_features: Count = 256  # leading directions of the public texts' features (research: d = 128..256)
+    whitening_ridge: NonNegative = 0.02  # share of the largest eigenvalue added to every one
     constant_feature: Positive = 0.7  # the output's bias, as a feature of the same size as the others
 
 
@@ -80,8 +78,8 @@ class FederationConfig(Settings):
     cohort_size: Count | Literal["all"] = "all"  # devices asked per round, in shuffled passes over everyone
     min_reply_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # fewer good replies stop the campaign
     server_optimizer: Literal["momentum", "adam"] = "adam"  # post-processing: costs no privacy
-    server_learning_rate: Positive = 0.06
-    lora_learning_rate_factor: Positive = 0.1  # LoRA's rate relative to the output's
+    server_learning_rate: Positive = 0.084
+    lora_learning_rate_factor: Positive = 0.12  # LoRA's rate relative to the output's
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5  # Adam's beta1
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     adam_epsilon: Positive = 1e-3
@@ -102,7 +100,7 @@ class PrivacyConfig(Settings):
     unit: Literal["record"] = "record"
     epsilon: Positive = 8.0
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
-    clip_norm: Positive = 1.0
+    clip_norm: Positive = 0.7
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 = full batch: no sampling assumption at all
     denominator: Positive = 64.0  # public constant the summed gradient is divided by, never a batch size
     max_participations: Count = 20  # rounds one device may join in the whole campaign
@@ -113,7 +111,7 @@ class PersonalConfig(Settings):
 
     method: Literal["none", "fine-tune"] = "fine-tune"
     ridge: Positive = 3.0  # penalty of the private output layer on centred features of unit norm
-    bias_shrinkage: NonNegative = 5.0  # the private bias counts as many records at zero
+    bias_shrinkage: NonNegative = 10.0  # the private bias counts as many records at zero
 
 
 class LinearConfig(Settings):
@@ -286,9 +284,7 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Scenario
     for part in loc:
         field = model.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             break
         model = field.annotation
     return sorted(model.model_fields)

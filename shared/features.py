@@ -39,7 +39,7 @@ class Features:
         """The outputs of some of the texts, in the order given; nothing is copied."""
         return Features([self._arrays[row] for row in rows])
 
-    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Pad some texts to the longest of them: hidden (B, T, d) float32 and mask (B, T), True at real tokens."""
         lengths = self.lengths[list(rows)]
         longest, width = int(lengths.max()), self._arrays[rows[0]].shape[1]
@@ -79,9 +79,7 @@ def compute_features(
 @torch.inference_mode()
 def _run_backbone(base: Base, token_ids: list[list[int]], *, head_blocks: int) -> np.ndarray:
     longest = max(len(ids) for ids in token_ids)
-    padded = torch.tensor(
-        [ids + [0] * (longest - len(ids)) for ids in token_ids]
-    )  # (B, T); padding is masked
+    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in token_ids])  # (B, T); padding is masked
     mask = torch.tensor([[True] * len(ids) + [False] * (longest - len(ids)) for ids in token_ids])
     hidden: np.ndarray = base.backbone(padded, mask, head_blocks=head_blocks).numpy()
     return hidden
@@ -144,7 +142,6 @@ def _open_shards(folder: Path) -> dict[str, np.ndarray]:
         matrix = np.load(matrix_file, mmap_mode="r")
         starts = [0, *index["ends"][:-1]]
         known.update(
-            (key, matrix[start:end])
-            for key, start, end in zip(index["keys"], starts, index["ends"], strict=True)
+            (key, matrix[start:end]) for key, start, end in zip(index["keys"], starts, index["ends"], strict=True)
         )
     return known

@@ -90,9 +90,7 @@ class InlineGrid(Grid):
         ttl: float | None = None,
     ) -> Message:
         """Create a message in Flower's older way."""
-        return Message(
-            content, dst_node_id=dst_node_id, message_type=message_type, ttl=ttl, group_id=group_id
-        )
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """All devices; they are always there."""
@@ -106,9 +104,7 @@ class InlineGrid(Grid):
         """Hand out the replies to these messages, each once."""
         return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Deliver messages and return their replies; devices answer at once, so ``timeout`` is never reached."""
         del timeout
         started = time.perf_counter()
@@ -150,9 +146,7 @@ def _over_the_wire(message: Message) -> tuple[Message, int]:
 
 def run_inline(server_app: ServerApp, grid: InlineGrid, *, run_config: UserConfig) -> None:
     """Run a ServerApp over an inline grid; what it raises comes through."""
-    context = Context(
-        run_id=_RUN_ID, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=run_config
-    )
+    context = Context(run_id=_RUN_ID, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=run_config)
     server_app(grid, context)
 
 

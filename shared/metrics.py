@@ -182,9 +182,7 @@ def _draws(num_users: int, *, seed: int, resamples: int) -> Floats:
     if not resamples >= 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}; 2000 is a common choice.")
     drawn = np.random.default_rng(seed).integers(num_users, size=(resamples, num_users))
-    drawn += (
-        num_users * np.arange(resamples)[:, None]
-    )  # one range of cells per resample: one bincount does all
+    drawn += num_users * np.arange(resamples)[:, None]  # one range of cells per resample: one bincount does all
     counts = np.bincount(drawn.ravel(), minlength=resamples * num_users)
     return counts.reshape(resamples, num_users).astype(np.float64)
 

@@ -47,8 +47,8 @@ class BertFamily:
 
     def load(self, folder: Path) -> nn.Module:  # noqa: D102
         # The checkpoint's pooler is not ours; transformers would say so, and draw a bar, on every load.
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model: nn.Module = BertModel.from_pretrained(
             folder,
             add_pooling_layer=False,
@@ -65,15 +65,11 @@ class BertFamily:
     def blocks(self, model: nn.Module) -> nn.ModuleList:  # noqa: D102
         layers = model.encoder.layer  # type: ignore[union-attr]
         if not isinstance(layers, nn.ModuleList):
-            raise AssetError(
-                f"a BERT encoder must hold its blocks in encoder.layer, got {type(layers).__name__}."
-            )
+            raise AssetError(f"a BERT encoder must hold its blocks in encoder.layer, got {type(layers).__name__}.")
         return layers
 
     def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:  # noqa: D102
-        out: Tensor = block(
-            hidden, attention_mask=mask[:, None, None, :]
-        )  # (B, 1, 1, T): keys a query may see
+        out: Tensor = block(hidden, attention_mask=mask[:, None, None, :])  # (B, 1, 1, T): keys a query may see
         return out
 
 
@@ -162,9 +158,7 @@ def load_base(folder: Path) -> Base:
     model = family.load(folder).eval().requires_grad_(False)
     pooling, normalize = _read_pooling(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return Base(
-        family, model, tokenizer, _hash_base(folder), folder, int(config["hidden_size"]), pooling, normalize
-    )
+    return Base(family, model, tokenizer, _hash_base(folder), folder, int(config["hidden_size"]), pooling, normalize)
 
 
 def _read_pooling(folder: Path) -> tuple[Literal["mean", "cls"], bool]:

@@ -17,11 +17,11 @@ _STATE_SLICE = slice(3, 3 + _STATE_WORDS)  # after seed, (left, seeded) and next
 def seeded_generator(*, seed: int, purpose: str, device: int, round_number: int) -> torch.Generator:
     """Open the random stream of one purpose on one device in one round, **for simulations only**.
 
-    Whoever knows the seed can subtract the noise, and MT19937 can be predicted from its own output: a run that
-    protects somebody draws from a cryptographic generator instead.
+    Whoever knows the seed can subtract the noise, and MT19937 can be predicted from its own output: a run
+    that protects somebody draws from a cryptographic generator instead.
 
-    The whole state is filled from the hash. ``torch.Generator.manual_seed`` keeps only the low 32 bits of a seed on
-    CPU, so among 100,000 streams two would be expected to be equal.
+    The whole state is filled from the hash. ``torch.Generator.manual_seed`` keeps only the low 32 bits of a
+    seed on CPU, so among 100,000 streams two would be expected to be equal.
 
     Args:
         seed: Seed of the run.
@@ -59,12 +59,12 @@ def add_gaussian_noise(value: torch.Tensor, *, stddev: float, generator: torch.G
 
     Args:
         value: Any shape, finite; left as it is.
-        stddev: Standard deviation in the units of ``value`` (noise multiplier times clip bound); finite, >= 0.
+        stddev: Standard deviation in units of ``value`` (noise multiplier times clip bound), finite, >= 0.
         generator: Source of the noise, on the device of ``value``; advanced by one draw per coordinate.
 
     Returns:
-        A new float32 tensor. Noise is drawn and added in float64 and rounded once: a float32 draw never leaves
-        5.8 standard deviations.
+        A new float32 tensor. Noise is drawn and added in float64 and rounded once: a float32 draw never
+        leaves 5.8 standard deviations.
 
     Raises:
         PrivacyError: ``stddev`` is not finite and >= 0, or the result would hold NaN or inf.
@@ -73,9 +73,7 @@ def add_gaussian_noise(value: torch.Tensor, *, stddev: float, generator: torch.G
         Dwork & Roth 2014, Appendix A (the Gaussian mechanism). Floating point is not covered by that proof.
     """
     if not (math.isfinite(stddev) and stddev >= 0):
-        raise PrivacyError(
-            f"stddev must be finite and >= 0, got {stddev}; take it from the calibrated policy."
-        )
+        raise PrivacyError(f"stddev must be finite and >= 0, got {stddev}; take it from the calibrated policy.")
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device=value.device)
     noised = (value.detach().to(torch.float64) + stddev * noise).to(torch.float32)
     if not bool(torch.isfinite(noised).all()):

@@ -98,9 +98,7 @@ def make_policy(
     check_compatible(scenario)
     cohort_size = clients if federation.cohort_size == "all" else federation.cohort_size
     if cohort_size > clients:
-        raise PrivacyError(
-            f"federation.cohort_size must be at most the {clients} clients, got {cohort_size}."
-        )
+        raise PrivacyError(f"federation.cohort_size must be at most the {clients} clients, got {cohort_size}.")
     needed = -(-federation.rounds * cohort_size // clients)
     if needed > privacy.max_participations:
         raise PrivacyError(
@@ -192,9 +190,7 @@ def read_policy(text: str) -> Policy:
     except ValueError as error:
         raise CampaignError(f"the policy must be readable: {str(error).splitlines()[0]}.") from None
     if policy.protocol != PROTOCOL:
-        raise CampaignError(
-            f"the policy must be of protocol {PROTOCOL}, got {policy.protocol}; update Sottovoce."
-        )
+        raise CampaignError(f"the policy must be of protocol {PROTOCOL}, got {policy.protocol}; update Sottovoce.")
     return policy
 
 

@@ -74,9 +74,7 @@ def progress(
         Nothing is written to stdout, and nothing at all for work that ends within two seconds.
     """
     if quiet or sys.stderr.isatty():
-        tqdm.monitor_interval = (
-            0  # its watchdog thread would outlive the bar, and every update looks at the clock
-        )
+        tqdm.monitor_interval = 0  # its watchdog thread would outlive the bar, and every update looks at the clock
         with tqdm(
             total=total,
             desc=description,

@@ -13,7 +13,7 @@ from server.app import make_server_app
 from server.checkpoint import load_checkpoint
 from server.strategy import EqualWeights
 from shared import wire
-from shared.accounting import Claim, Mechanism, epsilon, epsilon_by_participation
+from shared.accounting import Claim, Mechanism, epsilon_by_participation, no_claim, record_claim
 from shared.adapter import Arrays, load_start, make_start, shared_slots
 from shared.campaign import Campaign, make_head, write_campaign
 from shared.config import Scenario
@@ -42,21 +42,9 @@ class Plan:
 
     def claim(self) -> Claim:
         """What the campaign spends, in words and numbers."""
-        policy = self.policy
-        spent = None
-        if policy.delta is not None:
-            spent = epsilon(_mechanism(policy), delta=policy.delta)
-        return Claim(
-            trust=policy.trust,
-            unit=policy.unit,
-            relation=policy.relation,
-            epsilon=spent,
-            delta=policy.delta,
-            sampling="full batch" if policy.sampling_rate == 1 else f"Poisson, rate {policy.sampling_rate:g}",
-            accountant="dp-accounting PLD",
-            max_participations=policy.max_participations,
-            noise="seeded" if policy.trust != "none" else "none",
-        )
+        if self.policy.delta is None:
+            return no_claim(max_participations=self.policy.max_participations)
+        return record_claim(_mechanism(self.policy), delta=self.policy.delta)
 
     def bytes_per_message(self) -> int:
         """Size of one request, which is that of one reply."""

@@ -45,16 +45,14 @@ def lines(plan: dict[str, Any]) -> list[str]:
     out = [f"settings of {plan['scenario']['name']}:"]
     for table, values in plan["scenario"].items():
         if isinstance(values, dict):
-            out += [
-                f"  {table}.{key} = {json.dumps(value)}" for key, value in values.items() if value is not None
-            ]
+            out += [f"  {table}.{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
         else:
             out.append(f"  {table} = {json.dumps(values)}")
     for name, campaign in plan["campaigns"].items():
         down, up = campaign["bytes_per_round"]["down"], campaign["bytes_per_round"]["up"]
         out += [
-            f"campaign {name}: {campaign['rounds']} rounds, {campaign['cohort_size']} of {plan['clients']} clients each, "
-            f"{campaign['parameters']} shared parameters",
+            f"campaign {name}: {campaign['rounds']} rounds with {campaign['cohort_size']} of {plan['clients']} clients "
+            f"each, {campaign['parameters']} shared parameters",
             f"  to be spent: {campaign['claim']}",
             f"  noise multiplier {campaign['noise_multiplier']:.3f}",
             f"  bytes per round: {down:,} down, {up:,} up "

@@ -80,9 +80,7 @@ def by_user(users: Users) -> tuple[dict[str, Figure], list[str]]:
                 "line": {"color": f"--c{colour % 4}", "shape": "hvh"},
             }
         data.append(trace)
-        seen.append(
-            f"{row}: {int((gain > 0).sum())} of {gain.size} users gain, median {np.median(gain):+.3f}"
-        )
+        seen.append(f"{row}: {int((gain > 0).sum())} of {gain.size} users gain, median {np.median(gain):+.3f}")
     layout = _layout("RMSE of local minus RMSE of the row (right of 0: the user gains)", "users", whole=False)
     layout["shapes"] = [
         {

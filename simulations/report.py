@@ -105,9 +105,7 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
             score = _number(checked.rows[row]["rmse"], digits=3)
             lines.append(f"RMSE {row:<15}  {score}  {ROWS[row]}")
     if (difference := checked.difference("personal", "local")) is not None:
-        lines.append(
-            f"RMSE personal - local  {_number(difference, digits=4, sign=True)}  below 0: personal is better"
-        )
+        lines.append(f"RMSE personal - local  {_number(difference, digits=4, sign=True)}  below 0: personal is better")
     return lines
 
 
@@ -139,8 +137,7 @@ def _opening(folder: RunFolder) -> Iterator[str]:
         )
     if privacy.unit == "record":
         yield (
-            "One record is hidden; traits that many records of a person share, and the fact of taking part, "
-            "are not."
+            "One record is hidden; traits that many records of a person share, and the fact of taking part, are not."
         )
     yield "</p>"
     yield from (f"<p>{html.escape(STAMPS[stamp])}</p>" for stamp in summary.stamps if stamp in STAMPS)
@@ -209,9 +206,7 @@ def _verdict(summary: Summary, own: str) -> str:
             parts.append(f"{words[0].upper()}{words[1:]}.")
     if "share_gaining" in scores:
         gaining = _number(scores["share_gaining"], digits=1, percent=True)
-        parts.append(
-            f"With it, {gaining} of users have a lower error than with <code>local</code>; the others do not."
-        )
+        parts.append(f"With it, {gaining} of users have a lower error than with <code>local</code>; the others do not.")
     return " ".join(parts)
 
 

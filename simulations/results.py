@@ -147,9 +147,7 @@ class Users(_Part):
     def _one_value_per_user(self) -> Self:
         wrong = [row for row, values in self.rows.items() if len(values) != len(self.users)]
         if wrong:
-            raise ValueError(
-                f"every row must have {len(self.users)} values, one per user, not so: {', '.join(wrong)}"
-            )
+            raise ValueError(f"every row must have {len(self.users)} values, one per user, not so: {', '.join(wrong)}")
         return self
 
 

@@ -57,9 +57,7 @@ def simulate(scenario: Scenario, *, out: Path, command: str = "", quiet: bool = 
     """
     started = time.perf_counter()
     if out.exists():
-        raise ScenarioError(
-            f"{out} must be a new folder; it exists. Choose another with --out, or remove it."
-        )
+        raise ScenarioError(f"{out} must be a new folder; it exists. Choose another with --out, or remove it.")
     if scenario.performance.threads:
         torch.set_num_threads(scenario.performance.threads)
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
@@ -134,9 +132,7 @@ def _summarise(
     wanted += [("personal", "personal-linear"), ("personal-linear", "local")]
     differences = {
         f"{a} - {b}": {
-            "rmse": asdict(
-                paired_difference(predictions[a], predictions[b], test.target, test.user, **scoring)
-            )
+            "rmse": asdict(paired_difference(predictions[a], predictions[b], test.target, test.user, **scoring))
         }
         for a, b in wanted
         if a in predictions and b in predictions
@@ -149,9 +145,7 @@ def _summarise(
         "scenario": scenario.name,
         "claim": main.plan.claim().sentence(),
         "stamps": ["tuning: not covered"],
-        "rows": {
-            name: {metric: asdict(value) for metric, value in row.items()} for name, row in rows.items()
-        },
+        "rows": {name: {metric: asdict(value) for metric, value in row.items()} for name, row in rows.items()},
         "differences": differences,
         "federation": {
             "method": scenario.federation.method,
@@ -223,9 +217,7 @@ def _commit() -> str | None:
     if git is None:
         return None
     root = Path(__file__).parent.parent
-    found = subprocess.run(
-        [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    found = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
 

@@ -50,9 +50,7 @@ def simulate(
     from shared.config import load_scenario
     from simulations.run import simulate as run
 
-    return run(
-        load_scenario(Path(scenario), overrides), out=Path(out), command="sottovoce.simulate", quiet=quiet
-    )
+    return run(load_scenario(Path(scenario), overrides), out=Path(out), command="sottovoce.simulate", quiet=quiet)
 
 
 def open_head(folder: str | Path, *, base: str | Path | None = None) -> "PersonalHead":

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ[switch] = value
     options = _parser().parse_args(arguments)
     try:
-        code: int = options.run(options)
+        code: int = options.handler(options)
     except SottovoceError as error:
         print(f"sottovoce: {error}", file=sys.stderr)
         return 2
@@ -87,12 +87,10 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show settings, cost in privacy and bytes; run nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="show settings, cost in privacy and bytes; run nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the summary (or the plan) as JSON")
-    parser.set_defaults(run=_simulate)
+    parser.set_defaults(handler=_simulate)
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -109,9 +107,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from simulations.run import simulate
 
     out = options.out or Path("runs") / f"{scenario.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    summary = simulate(
-        scenario, out=out, command=shlex.join(["sottovoce", *sys.argv[1:]]), quiet=options.quiet
-    )
+    summary = simulate(scenario, out=out, command=shlex.join(["sottovoce", *sys.argv[1:]]), quiet=options.quiet)
     if options.json:
         print(json.dumps(summary, indent=2))
     else:
@@ -127,14 +123,14 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(run=_report)
+    parser.set_defaults(handler=_report)
 
 
 def _report(options: argparse.Namespace) -> int:
-    from simulations.report import headline, read_summary, write_report
+    from simulations.report import headline, write_report
 
     path = write_report(options.folder)
-    summary = read_summary(options.folder)
+    summary = json.loads((options.folder / "summary.json").read_text(encoding="utf-8"))
     if options.json:
         print(json.dumps(summary, indent=2))
     else:
@@ -143,9 +139,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "bench", help="measure", description="Measure, after checking that answers agree."
-    )
+    parser = commands.add_parser("bench", help="measure", description="Measure, after checking that answers agree.")
     kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
     step = kinds.add_parser(
         "step",
@@ -155,7 +149,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     step.add_argument("--rounds", type=int, default=7, help="times each variant is measured (default 7)")
     step.add_argument("--json", action="store_true", help="print the measurements as JSON")
     step.add_argument("--quiet", action="store_true", help="no progress")
-    step.set_defaults(run=_bench_step)
+    step.set_defaults(handler=_bench_step)
 
 
 def _bench_step(options: argparse.Namespace) -> int:
@@ -175,21 +169,18 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="what there is, how big, which licence, where it lies")
     listing.add_argument("--json", action="store_true", help="print as JSON")
-    listing.set_defaults(run=_data_list)
+    listing.set_defaults(handler=_data_list)
     fetching = actions.add_parser("fetch", help="fetch into the user's cache and verify")
     fetching.add_argument("names", nargs="*", metavar="NAME", help="assets (default: all)")
     fetching.add_argument("--quiet", action="store_true", help="no progress")
-    fetching.set_defaults(run=_data_fetch)
+    fetching.set_defaults(handler=_data_fetch)
 
 
 def _data_list(options: argparse.Namespace) -> int:
     from shared.assets import ASSETS, cache_folder, describe
 
     if options.json:
-        entries = [
-            {"name": name, "description": describe(name), "folder": str(cache_folder(name))}
-            for name in ASSETS
-        ]
+        entries = [{"name": name, "description": describe(name), "folder": str(cache_folder(name))} for name in ASSETS]
         print(json.dumps(entries, indent=2))
     else:
         for name in ASSETS:

@@ -210,9 +210,7 @@ CHANGES = {
     "transposed": (lambda t: t.update({f"{SLOT}.A": t[f"{SLOT}.A"].T.copy()}), "must have shape"),
     "other rank": (lambda t: t.update({f"{SLOT}.A": t[f"{SLOT}.A"][:, :1].copy()}), "must have shape"),
     "rank 0": (
-        lambda t: t.update(
-            {f"{SLOT}.A": t[f"{SLOT}.A"][:, :0].copy(), f"{SLOT}.B": t[f"{SLOT}.B"][:0].copy()}
-        ),
+        lambda t: t.update({f"{SLOT}.A": t[f"{SLOT}.A"][:, :0].copy(), f"{SLOT}.B": t[f"{SLOT}.B"][:0].copy()}),
         "must have shape",
     ),
     "half": (lambda t: t.update({"output.bias": t["output.bias"].astype(np.float16)}), "must be float32"),
@@ -293,9 +291,7 @@ def test_cli_predicts(heads, tmp_path, capsys):
     wanted = head.predict(texts)
     options = ["predict", "--head", str(heads / "ann"), "--text", TEXT, "--file", str(tmp_path / "texts.txt")]
     assert run_cli(*options) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"{v:.1f}  {t}" for v, t in zip(wanted, texts, strict=True)
-    ]
+    assert capsys.readouterr().out.splitlines() == [f"{v:.1f}  {t}" for v, t in zip(wanted, texts, strict=True)]
     assert run_cli(*options, "--json", "--base", str(heads / "base")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["user"] == "ann"

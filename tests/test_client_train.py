@@ -83,9 +83,7 @@ def setting(tiny_base, tiny_texts):
 
 @pytest.mark.parametrize("method", ["fedavg", "ffa-lora"])
 @pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_one_step_is_the_clipped_sum_of_single_gradients_over_the_constant(
-    tiny_base, tiny_texts, blocks, method
-):
+def test_one_step_is_the_clipped_sum_of_single_gradients_over_the_constant(tiny_base, tiny_texts, blocks, method):
     setting = Setting(tiny_base, tiny_texts[:7], blocks=blocks, method=method)
     gradients = setting.gradients_one_by_one()
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
@@ -123,9 +121,7 @@ def noise_of(setting, policy, **arguments):
     """Noise of one update in units of the policy's scale for a single step."""
     silent = policy.model_copy(update={"noise_multiplier": 0.0})
     difference = flat(setting.update(policy, **arguments)) - flat(setting.update(silent, **arguments))
-    return difference / (
-        policy.learning_rate / policy.denominator * policy.clip_norm * policy.noise_multiplier
-    )
+    return difference / (policy.learning_rate / policy.denominator * policy.clip_norm * policy.noise_multiplier)
 
 
 def test_the_composed_step_has_the_calibrated_noise_and_a_wrong_one_would_show(setting):
@@ -162,9 +158,7 @@ def test_one_record_moves_the_step_by_at_most_the_clip_norm(setting):
     moves = []
     for left_out in range(len(setting.targets)):
         rows = [i for i in range(len(setting.targets)) if i != left_out]
-        part = flat(
-            setting.update(policy, features=setting.features.select(rows), targets=setting.targets[rows])
-        )
+        part = flat(setting.update(policy, features=setting.features.select(rows), targets=setting.targets[rows]))
         moves.append(np.linalg.norm(whole - part) * policy.denominator / policy.learning_rate)
     assert max(moves) <= policy.clip_norm * (1 + 1e-4)
     assert min(moves) >= policy.clip_norm * 0.9  # a looser clip, or a batch-sized denominator, would be seen

@@ -23,9 +23,7 @@ PREFIX = "tiny_asset/model/"
 
 
 def pin(contents):
-    return tuple(
-        AssetFile(name, hashlib.sha256(data).hexdigest(), len(data)) for name, data in contents.items()
-    )
+    return tuple(AssetFile(name, hashlib.sha256(data).hexdigest(), len(data)) for name, data in contents.items())
 
 
 TINY = Asset(
@@ -323,9 +321,7 @@ def offline_pip(cache, tmp_path, monkeypatch):
     return tmp_path / "index"
 
 
-def test_pip_downloads_by_its_own_configuration_without_dependencies(
-    cache, offline_pip, tmp_path, monkeypatch
-):
+def test_pip_downloads_by_its_own_configuration_without_dependencies(cache, offline_pip, tmp_path, monkeypatch):
     write_wheel(offline_pip)
     (tmp_path / "pip.py").write_text("raise SystemExit('a file of the current folder was run')")
     monkeypatch.chdir(tmp_path)
@@ -478,12 +474,8 @@ def fake_hub(monkeypatch, snapshot_download):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-@pytest.mark.parametrize(
-    ("reference", "revision"), [("hub:org/name", None), ("hub:org/name@0123abc", "0123abc")]
-)
-def test_resolve_asks_the_hub_for_weights_and_settings_only(
-    tmp_path, monkeypatch, capfd, reference, revision
-):
+@pytest.mark.parametrize(("reference", "revision"), [("hub:org/name", None), ("hub:org/name@0123abc", "0123abc")])
+def test_resolve_asks_the_hub_for_weights_and_settings_only(tmp_path, monkeypatch, capfd, reference, revision):
     calls = []
 
     def snapshot_download(repo, *, revision, allow_patterns):

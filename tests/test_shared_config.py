@@ -27,9 +27,7 @@ def test_there_are_shipped_scenarios():
 
 def test_values_and_overrides_are_laid_over_defaults(tmp_path):
     path = write(tmp_path, "[privacy]\nepsilon = 3\n[model]\nhead_blocks = 2\n")
-    scenario = load_scenario(
-        path, ("privacy.delta=1e-6", 'model.head_blocks="all"', "data.source=/somewhere")
-    )
+    scenario = load_scenario(path, ("privacy.delta=1e-6", 'model.head_blocks="all"', "data.source=/somewhere"))
     assert (scenario.privacy.epsilon, scenario.privacy.delta) == (3.0, 1e-6)
     assert (scenario.model.head_blocks, scenario.data.source, scenario.name) == (
         "all",

@@ -119,9 +119,7 @@ def test_whole_number_arithmetic_equals_the_stated_rule():
 def test_both_layouts_give_the_same_data(tmp_path, write):
     data = datasets.read("movielens-100k", write(tmp_path))
     assert data.name == "movielens-100k"
-    assert (
-        data.public_texts == TEXTS
-    )  # by item id, not as in the file; the film listed twice once; the unrated too
+    assert data.public_texts == TEXTS  # by item id, not as in the file; the film listed twice once; the unrated too
     assert [user.user for user in data.users] == ["2", "10"]  # as numbers
     two, ten = data.users
     assert two.fit == (Record(text=TEXTS[1], target=3.0, item="2", timestamp=200),)
@@ -140,11 +138,7 @@ def test_line_ends_of_other_systems_are_read(tmp_path):
 
 def test_a_title_may_hold_what_some_take_for_a_line_end(tmp_path):
     films = GROUPLENS_FILMS.replace("Toy Bakery", "Toy\x85Bakery")
-    assert (
-        datasets.read("movielens-100k", grouplens(tmp_path, films=films))
-        .public_texts[0]
-        .startswith("Toy\x85B")
-    )
+    assert datasets.read("movielens-100k", grouplens(tmp_path, films=films)).public_texts[0].startswith("Toy\x85B")
 
 
 # Refusals

@@ -42,14 +42,8 @@ def test_hand_case() -> None:
 
 def test_accuracy_rounds_halves_up_and_to_whole_ratings() -> None:
     predictions = np.array([2.5, 3.5, 3.49, 4.5, 1.2])
-    assert (
-        score_row(predictions, np.array([3.0, 4.0, 3.0, 5.0, 1.0]), np.arange(5), seed=0)["accuracy"].value
-        == 1.0
-    )
-    assert (
-        score_row(predictions, np.array([2.0, 3.0, 3.5, 4.0, 1.5]), np.arange(5), seed=0)["accuracy"].value
-        == 0.0
-    )
+    assert score_row(predictions, np.array([3.0, 4.0, 3.0, 5.0, 1.0]), np.arange(5), seed=0)["accuracy"].value == 1.0
+    assert score_row(predictions, np.array([2.0, 3.0, 3.5, 4.0, 1.5]), np.arange(5), seed=0)["accuracy"].value == 0.0
 
 
 @pytest.mark.parametrize(("num_users", "size"), [(1, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
@@ -89,14 +83,10 @@ def test_bootstrap_equals_the_obvious_loop(num_users: int) -> None:
     row = score_row(predictions, targets, users, reference=reference, seed=11, resamples=resamples)
     assert list(row) == list(samples)
     for name, values in samples.items():
-        assert [row[name].low, row[name].high] == pytest.approx(
-            np.quantile(values, [0.025, 0.975]), abs=1e-12
-        )
+        assert [row[name].low, row[name].high] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=1e-12)
     paired = paired_difference(predictions, reference, targets, users, seed=11, resamples=resamples)
     assert [paired.low, paired.high] == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=1e-12)
-    assert paired.value == pytest.approx(
-        row["rmse"].value - score_row(reference, targets, users, seed=0)["rmse"].value
-    )
+    assert paired.value == pytest.approx(row["rmse"].value - score_row(reference, targets, users, seed=0)["rmse"].value)
 
 
 def test_pairing_narrows_the_interval_of_correlated_rows() -> None:

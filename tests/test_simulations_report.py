@@ -240,9 +240,7 @@ def test_best_is_least_error_and_highest_share(run_folder: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith('<tr><th scope="row">personal <small>'))
     cells = row.split("<td>")[1:]
     assert ["best: " in cell for cell in cells] == [True] * 6
-    other = next(
-        line for line in text.splitlines() if line.startswith('<tr><th scope="row">constant <small>')
-    )
+    other = next(line for line in text.splitlines() if line.startswith('<tr><th scope="row">constant <small>'))
     assert ["best: " in cell for cell in other.split("<td>")[1:]] == [False] * 5 + [True]
 
 
@@ -252,9 +250,7 @@ def test_no_loss_is_claimed_where_there_is_none(run_folder: Path) -> None:
     assert 'id="losses"' not in write_report(run_folder).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "other", ["constant", "user-mean", "pooled", "local", "federated-linear", "personal-linear"]
-)
+@pytest.mark.parametrize("other", ["constant", "user-mean", "pooled", "local", "federated-linear", "personal-linear"])
 def test_a_loss_is_said_with_its_interval(run_folder: Path, other: str) -> None:
     summary = change_summary(run_folder)
     summary["rows"][other]["rmse"] = interval(1.03)
@@ -262,9 +258,7 @@ def test_a_loss_is_said_with_its_interval(run_folder: Path, other: str) -> None:
     change_summary(run_folder, **summary)
     losses = _losses(run_folder)
     assert len(losses) == 1
-    assert (
-        f"worse than {other} (1.030 [1.010, 1.050]) by 0.0200 (95 % interval 0.0110 to 0.0290)" in losses[0]
-    )
+    assert f"worse than {other} (1.030 [1.010, 1.050]) by 0.0200 (95 % interval 0.0110 to 0.0290)" in losses[0]
     assert "exclude" not in losses[0]
     assert "Nowhere" not in report(run_folder).text
 
@@ -312,9 +306,7 @@ def test_not_private_is_said_at_the_top(run_folder: Path, kind: str) -> None:
 
 def test_a_run_without_epsilon_has_no_plot_of_it(run_folder: Path) -> None:
     change_summary(run_folder, privacy=privacy(None, trust="none"), privacy_linear=None)
-    lines = [
-        json.loads(one) | {"epsilon": None} for one in (run_folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(one) | {"epsilon": None} for one in (run_folder / "metrics.jsonl").read_text().splitlines()]
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     page = report(run_folder)
     assert "there is no ε to show" in page.text
@@ -495,21 +487,16 @@ def test_a_browser_shows_it(run_folder: Path, width: int, scheme: Any) -> None:
         page.goto(target.as_uri())
         page.wait_for_function("document.querySelectorAll('.js-plotly-plot .xaxislayer-above').length >= 4")
         drawn = page.evaluate(
-            "[...document.querySelectorAll('figure')]"
-            ".map(figure => figure.querySelectorAll('svg.main-svg').length)"
+            "[...document.querySelectorAll('figure')].map(figure => figure.querySelectorAll('svg.main-svg').length)"
         )
-        overflow = page.evaluate(
-            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        )
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         spilt = page.evaluate(
             "[...document.querySelectorAll('svg.main-svg')].some(s => s.getBoundingClientRect().right > innerWidth)"
         )
         ink = page.evaluate("getComputedStyle(document.querySelector('.xtitle')).fill")
         body = page.evaluate("getComputedStyle(document.body).color")
         page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
-        page.wait_for_function(
-            "ink => getComputedStyle(document.querySelector('.xtitle')).fill !== ink", arg=ink
-        )
+        page.wait_for_function("ink => getComputedStyle(document.querySelector('.xtitle')).fill !== ink", arg=ink)
         if folder := os.environ.get("SCREENSHOTS"):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_timeout(300)

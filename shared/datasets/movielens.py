@@ -77,9 +77,7 @@ def _find_layout(folder: Path) -> Layout:
 
 def _read_films(path: Path, layout: Layout) -> dict[int, str]:
     texts: dict[int, str] = {}
-    for line, columns in _rows(
-        path, layout.encoding, layout.films_header, layout.separator, layout.num_columns
-    ):
+    for line, columns in _rows(path, layout.encoding, layout.films_header, layout.separator, layout.num_columns):
         try:
             item = _whole_number("item id", columns[0])
             if item in texts:
@@ -179,9 +177,7 @@ def _stars(text: str) -> float:
 
 
 def _at(path: Path, line: int, what: str) -> DataError:
-    return DataError(
-        f"{path}, line {line}: {what}. Compare the file with the published one, or fetch it again."
-    )
+    return DataError(f"{path}, line {line}: {what}. Compare the file with the published one, or fetch it again.")
 
 
 LAYOUTS = (
