@@ -44,7 +44,7 @@ def train_shared(
         features: Backbone outputs of this device's records (n of them, 0 is allowed).
         targets: (n,) float32.
         policy: All constants; nothing is taken from n.
-        micro_batch: Records per forward pass; does not change the sum.
+        micro_batch: Tokens per forward pass, padding included; does not change the sum.
         sampling: Source of the Poisson draws.
         noise: Source of the noise.
 
@@ -66,7 +66,7 @@ def train_shared(
             hidden, mask = features.batch(batch)  # (B, T, d), (B, T)
             errors = module(hidden, mask) - targets[batch]  # (B,)
             loss = 0.5 * (errors**2).sum()  # a sum of per-sample losses: no sample touches another's gradient
-            with _quiet_hooks():
+            with quiet_hooks():
                 loss.backward()
             optimizer.accumulate()
         optimizer.step()
@@ -79,7 +79,7 @@ def train_shared(
 
 
 @contextmanager
-def _quiet_hooks() -> Iterator[None]:
+def quiet_hooks() -> Iterator[None]:
     """Frozen inputs need no gradient: that is the point of the cut, and torch warns of it at every backward."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
@@ -93,13 +93,13 @@ def _draw(count: int, rate: float, generator: torch.Generator) -> np.ndarray:
     return np.flatnonzero(torch.rand(count, generator=generator, dtype=torch.float64).numpy() < rate)
 
 
-def micro_batches(rows: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
     """Cut the drawn rows, sorted by length, into runs that waste little on padding; order does not change a sum."""
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     start = tokens = 0
     for end, length in enumerate(lengths[rows].tolist()):
-        count = end - start + 1
-        if end > start and (count > size or length * count > _MAX_PADDING * (tokens + length)):
+        padded = length * (end - start + 1)
+        if end > start and (padded > max_tokens or padded > _MAX_PADDING * (tokens + length)):
             yield rows[start:end]
             start, tokens = end, 0
         tokens += length

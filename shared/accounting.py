@@ -13,6 +13,7 @@ from shared.errors import PrivacyError
 MAX_EPSILON = 200.0  # beyond it nothing is promised: priced as infinite, refused as a target
 _MIN_NOISE_MULTIPLIER = 0.05  # one release at MAX_EPSILON needs .06
 _MAX_NOISE_MULTIPLIER = 1e9
+_MAX_SAMPLED_RELEASES = 1_000_000
 _MIN_DELTA = 1e-12  # the convolutions are exact to about 1e-15
 _TOLERANCE = 2e-3  # relative: calibrated epsilon below its target, and noise above the smallest
 _GRID_STEPS = 1e5  # a grid finer than epsilon / 1e5 costs seconds and changes the sixth digit
@@ -71,8 +72,8 @@ def epsilon(mechanism: Mechanism, *, delta: float, discretization: float = 1e-4)
         discretization: Grid of the privacy loss; epsilon / 100,000 is used where that is coarser.
 
     Returns:
-        An epsilon the campaign satisfies with ``delta``, records added or removed; ``inf`` above 200
-        and where the noise multiplier is below .05.
+        An epsilon the campaign satisfies with ``delta``, records added or removed; ``inf`` above 200,
+        for a noise multiplier below .05, and for more than a million sampled steps.
 
     Raises:
         PrivacyError: ``delta`` or ``discretization`` is impossible.
@@ -308,6 +309,8 @@ def _price(mechanism: Mechanism, delta: float, grid: float) -> float:
     """Price on one grid."""
     if mechanism.noise_multiplier < _MIN_NOISE_MULTIPLIER or _typical_loss(mechanism) > MAX_EPSILON:
         return math.inf  # the distribution might not fit into memory
+    if mechanism.sampling_rate < 1 and mechanism.releases > _MAX_SAMPLED_RELEASES:
+        return math.inf  # convolving so many takes minutes
     price = float(_distribution(mechanism, grid).get_epsilon_for_delta(delta))
     return price if price <= MAX_EPSILON else math.inf
 
@@ -317,7 +320,7 @@ def _refined_price(mechanism: Mechanism, delta: float, discretization: float) ->
     grid = max(1e-2, discretization)
     while True:
         price = _price(mechanism, delta, grid)
-        finer = max(discretization, price / _GRID_STEPS) if math.isfinite(price) else discretization
+        finer = max(discretization, price / _GRID_STEPS)
         if finer > grid / 2:
             return price
         grid = finer

@@ -18,7 +18,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from client.site import TextFeatures, resident_base, resident_dataset
-from client.train import make_trainable, micro_batches, train_shared
+from client.train import make_trainable, micro_batches, quiet_hooks, train_shared
 from shared.adapter import Arrays, Head, load_start, make_start, read_shared, shared_parameters, shared_slots
 from shared.campaign import make_head
 from shared.config import Scenario
@@ -164,7 +164,7 @@ class _Prepared:
             self.features,
             self.targets,
             policy=self.policy.model_copy(update={"steps": steps}),
-            micro_batch=64,
+            micro_batch=1024,
             sampling=seeded_generator(seed=0, purpose="sampling", device=0, round_number=1),
             noise=seeded_generator(seed=0, purpose="noise", device=0, round_number=1),
         )
@@ -218,7 +218,8 @@ def _plain_step(
     def step() -> None:
         optimizer.zero_grad()
         loss = 0.5 * (module(token_ids, mask) - prepared.targets).square().sum()
-        loss.backward()
+        with quiet_hooks():
+            loss.backward()
         optimizer.step()
 
     return step

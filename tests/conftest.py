@@ -58,6 +58,25 @@ def tiny_fleet(tiny_base, tiny_graph, tiny_texts, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_world(tiny_base, tmp_path_factory) -> Callable[..., Path]:
+    """(folder, *, body="", users=12) -> path of a scenario over the tiny base and an invented data set."""
+    tiny = _load_tiny()
+    data = tiny.tiny_movielens(tmp_path_factory.mktemp("tiny-movielens"))
+
+    def write(folder: Path, *, body: str = "") -> Path:
+        return tiny.tiny_scenario(folder, base=tiny_base.folder, data=data, body=body)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch, request):
+    """No test writes to the user's cache; only slow ones, which need the real assets, may read it."""
+    if "slow" not in request.keywords:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def _load_tiny():
     """``tests/tiny.py``, which no import name reaches."""
     spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))

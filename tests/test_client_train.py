@@ -43,7 +43,7 @@ class Setting:
         self.start = read_shared(self.head)
         self.targets = torch.tensor([1.0 + i % 5 for i in range(len(texts))])
 
-    def update(self, policy, *, features=None, targets=None, micro_batch=64, seed=0):
+    def update(self, policy, *, features=None, targets=None, micro_batch=1024, seed=0):
         features = self.features if features is None else features
         targets = self.targets if targets is None else targets
         head = Head(self.base, blocks=self.blocks, adapter=ADAPTER, method=self.method, centre=3.0)
@@ -113,7 +113,7 @@ def test_cached_and_uncached_training_give_the_same_gradients(tiny_base, tiny_te
 
 def test_micro_batches_do_not_change_the_sum(setting):
     policy = setting.policy()
-    whole, parts = (flat(setting.update(policy, micro_batch=size)) for size in (64, 5))
+    whole, parts = (flat(setting.update(policy, micro_batch=size)) for size in (1024, 40))
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """A random base model, small enough to build in code and to trace in seconds."""
 
 import json
+import random
 import string
 from pathlib import Path
 
@@ -67,3 +68,46 @@ def tiny_base(folder: Path, *, layers: int = 2, seed: int = 0) -> Base:
     modules = [{"type": "sentence_transformers.models.Normalize"}]
     (folder / "modules.json").write_text(json.dumps(modules))
     return load_base(folder)
+
+
+def tiny_movielens(folder: Path, *, users: int = 12, films: int = 40, seed: int = 0) -> Path:
+    """Write an invented data set in the layout of MovieLens 100k: every user has a taste for some genres."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    genres = ("Action", "Comedy", "Crime", "Drama", "Horror", "War")
+    chosen = {film: draw.sample(genres, draw.randint(1, 3)) for film in range(1, films + 1)}
+    items = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    items += [f"{film}\tFilm number {film}\t{1950 + film}\t{' '.join(kinds)}" for film, kinds in chosen.items()]
+    ratings = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    for user in range(1, users + 1):
+        likes = set(draw.sample(genres, 3))
+        for film in draw.sample(sorted(chosen), draw.randint(12, 24)):
+            stars = min(5, max(1, 2 + len(likes & set(chosen[film])) + draw.choice((0, 0, 1))))
+            ratings.append(f"{user}\t{film}\t{stars}\t{draw.randint(1, 10_000)}")
+    (folder / "ml-100k.item").write_text("\n".join(items) + "\n", encoding="utf-8")
+    (folder / "ml-100k.inter").write_text("\n".join(ratings) + "\n", encoding="utf-8")
+    return folder
+
+
+def tiny_scenario(folder: Path, *, base: Path, data: Path, body: str = "") -> Path:
+    """Write a scenario that runs in seconds on the two above; ``body`` is more TOML."""
+    path = folder / "tiny.toml"
+    path.write_text(
+        f'''
+name = "tiny"
+seed = 3
+model.base = "{base}"
+data.source = "{data}"
+adapter.rank = 2
+adapter.whitened_features = 8
+federation.rounds = 3
+federation.cohort_size = 4
+privacy.max_participations = 1
+privacy.delta = 1e-4
+evaluation.bootstrap_resamples = 50
+export.users = 2
+{body}
+''',
+        encoding="utf-8",
+    )
+    return path

@@ -1,0 +1,216 @@
+"""The coordinator: gate, mean, optimisers and checkpoints, each against a case worked out by hand."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from server.aggregate import OptimizerState, adam_step, mean_update, momentum_step
+from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.gate import RejectedReply, check_reply
+from shared import wire
+from shared.config import FederationConfig
+from shared.errors import CampaignError
+from shared.flower import message_bytes
+from shared.policy import Policy
+
+POLICY = Policy(
+    protocol=1, trust="local", unit="record", relation="add-or-remove-one", epsilon=8.0, delta=1e-5, clip_norm=1.0,
+    noise_multiplier=1.0, sampling_rate=1.0, steps=1, denominator=4.0, max_participations=5, max_update_norm=10.0,
+    learning_rate=1.0, rounds=5, cohort_size=2, federation_method="ffa-lora", personal_method="none", head_blocks=0,
+    base_sha256="b", start_sha256="s", public_texts_sha256="p", slots=(("a", (2,)), ("b", (1, 2))),
+)  # fmt: skip
+GOOD = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[3.0, 4.0]], np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def speaking_server():
+    """Messages can be made only where somebody speaks; the inline grid sets that up."""
+    message_bytes(RecordDict())
+
+
+def reply_with(content: RecordDict) -> Message:
+    return Message(content, dst_node_id=7, message_type="train")
+
+
+def reply(arrays=GOOD, *, round_number=3, policy=None) -> Message:
+    return reply_with(wire.pack_reply(arrays, round_number=round_number, policy_sha256=policy or POLICY.sha256))
+
+
+def check(message):
+    return check_reply(message, policy=POLICY, policy_sha256=POLICY.sha256, round_number=3)
+
+
+def test_a_good_reply_passes_unchanged():
+    found = check(reply())
+    assert {name: array.tolist() for name, array in found.items()} == {"a": [1, 2], "b": [[3, 4]]}
+
+
+def config(**fields):
+    return ConfigRecord({"round": 3, "policy": POLICY.sha256} | fields)
+
+
+def arrays_record(**changes):
+    return ArrayRecord({name: Array(array) for name, array in (GOOD | changes).items()})
+
+
+BAD = {
+    "SCHEMA: nothing": (RecordDict(), "SCHEMA"),
+    "SCHEMA: one record more": (
+        RecordDict({"arrays": arrays_record(), "config": config(), "metrics": MetricRecord({"loss": 1.0})}),
+        "SCHEMA",
+    ),
+    "SCHEMA: one field more": (RecordDict({"arrays": arrays_record(), "config": config(count=3)}), "SCHEMA"),
+    "SCHEMA: a round as text": (RecordDict({"arrays": arrays_record(), "config": config(round="3")}), "SCHEMA"),
+    "SCHEMA: records swapped": (RecordDict({"arrays": config(), "config": arrays_record()}), "SCHEMA"),
+    "SCHEMA: bytes that are no array": (
+        RecordDict(
+            {"arrays": ArrayRecord({"a": Array("float32", (2,), "numpy.ndarray", b"garbage")}), "config": config()}
+        ),
+        "SCHEMA",
+    ),
+    "SCHEMA: another serialisation": (
+        RecordDict({"arrays": ArrayRecord({"a": Array("float32", (2,), "pickle", b"x")}), "config": config()}),
+        "SCHEMA",
+    ),
+    "ROUND": (RecordDict({"arrays": arrays_record(), "config": config(round=2)}), "ROUND"),
+    "POLICY": (RecordDict({"arrays": arrays_record(), "config": config(policy="0" * 64)}), "POLICY"),
+    "KEYS: missing": (RecordDict({"arrays": ArrayRecord({"a": Array(GOOD["a"])}), "config": config()}), "KEYS"),
+    "KEYS: one more": (RecordDict({"arrays": arrays_record(c=GOOD["a"]), "config": config()}), "KEYS"),
+    "KEYS: other order": (
+        RecordDict({"arrays": ArrayRecord({n: Array(GOOD[n]) for n in ("b", "a")}), "config": config()}),
+        "KEYS",
+    ),
+    "DTYPE": (RecordDict({"arrays": arrays_record(a=np.array([1.0, 2.0])), "config": config()}), "DTYPE"),
+    "SHAPE: broadcasts": (
+        RecordDict({"arrays": arrays_record(b=np.zeros((2,), np.float32)), "config": config()}),
+        "SHAPE",
+    ),
+    "NOT_FINITE: NaN": (
+        RecordDict({"arrays": arrays_record(a=np.array([1, np.nan], np.float32)), "config": config()}),
+        "NOT_FINITE",
+    ),
+    "NOT_FINITE: infinity": (
+        RecordDict({"arrays": arrays_record(a=np.array([1, np.inf], np.float32)), "config": config()}),
+        "NOT_FINITE",
+    ),
+    "NORM": (RecordDict({"arrays": arrays_record(a=np.array([8, 8], np.float32)), "config": config()}), "NORM"),
+    "SIZE": (RecordDict({"arrays": arrays_record(a=np.zeros(100_000, np.float32)), "config": config()}), "SIZE"),
+    "its own refusal": (wire.pack_refusal("BUDGET"), "BUDGET"),
+    "a refusal with text of its own": (
+        RecordDict({"refusal": ConfigRecord({"code": "my diary says"})}),
+        "INTERNAL",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_reply_is_rejected_for_its_reason(case):
+    content, code = BAD[case]
+    with pytest.raises(RejectedReply) as caught:
+        check(reply_with(content))
+    assert caught.value.code == code
+
+
+def test_an_error_made_by_flower_is_rejected():
+    with pytest.raises(RejectedReply, match="ERROR"):
+        check(Message(Error(code=2, reason="node lost"), reply_to=reply()))
+
+
+def test_an_unknown_refusal_never_travels():
+    assert wire.pack_refusal("the text of an exception")["refusal"]["code"] == "INTERNAL"
+
+
+def test_the_mean_divides_by_the_constant_however_many_replied():
+    one = mean_update([GOOD], denominator=4)
+    two = mean_update([GOOD, GOOD], denominator=4)
+    assert one["a"].tolist() == [0.25, 0.5]
+    assert two["a"].tolist() == [0.5, 1.0]
+    with pytest.raises(ValueError, match="at least one"):
+        mean_update([], denominator=4)
+
+
+def test_two_steps_of_momentum_by_hand():
+    federation = FederationConfig(server_learning_rate=0.5, server_momentum=0.5, lora_learning_rate_factor=0.1)
+    arrays = {"block.0.lora_B": np.zeros(1, np.float32), "output.weight": np.zeros(1, np.float32)}
+    update = {name: np.ones(1) for name in arrays}
+    after, state = momentum_step(arrays, OptimizerState(), update, federation)
+    after, state = momentum_step(after, state, update, federation)
+    assert after["output.weight"].tolist() == [0.5 * (1 + 1.5)]
+    assert after["block.0.lora_B"].tolist() == pytest.approx([0.05 * (1 + 1.5)])
+    assert state.step == 2
+
+
+def test_adam_agrees_with_torch():
+    import torch
+
+    federation = FederationConfig(
+        server_learning_rate=0.1, server_momentum=0.8, adam_beta2=0.9, adam_epsilon=1e-3, lora_learning_rate_factor=1.0
+    )
+    draw = np.random.default_rng(0)
+    arrays, state = {"output.weight": np.zeros(5, np.float32)}, OptimizerState()
+    parameter = torch.nn.Parameter(torch.zeros(5))
+    reference = torch.optim.Adam([parameter], lr=0.1, betas=(0.8, 0.9), eps=1e-3)
+    for _ in range(6):
+        update = draw.normal(size=5)
+        arrays, state = adam_step(arrays, state, {"output.weight": update}, federation)
+        parameter.grad = -torch.from_numpy(update).float()
+        reference.step()
+    np.testing.assert_allclose(arrays["output.weight"], parameter.detach().numpy(), rtol=1e-4)
+
+
+CHECKPOINT = Checkpoint(
+    7, "p" * 64, GOOD, OptimizerState(7, {"a": np.ones(2), "b": np.ones((1, 2))}, {}), {1000: 2, 1003: 1}
+)
+
+
+def test_a_checkpoint_is_read_back_as_it_was(tmp_path):
+    path = save_checkpoint(tmp_path, CHECKPOINT)
+    found = load_checkpoint(path)
+    assert path.name == "round-0007"
+    assert (found.round_number, found.policy_sha256) == (7, "p" * 64)
+    assert found.participations == CHECKPOINT.participations
+    assert found.optimizer.step == 7
+    np.testing.assert_array_equal(found.arrays["b"], GOOD["b"])
+    np.testing.assert_array_equal(found.optimizer.first["a"], np.ones(2))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["round-0007"]
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncated", "missing", "state"])
+def test_a_damaged_checkpoint_is_noticed(tmp_path, damage):
+    path = save_checkpoint(tmp_path, CHECKPOINT)
+    tensors = path / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    if damage == "bit":
+        content[-1] ^= 1
+        tensors.write_bytes(content)
+    elif damage == "truncated":
+        tensors.write_bytes(content[:-4])
+    elif damage == "missing":
+        tensors.unlink()
+    else:
+        (path / "state.json").write_text("{}")
+    with pytest.raises(CampaignError, match="round-0007 must"):
+        load_checkpoint(path)
+
+
+def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    def power_cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.checkpoint.os.fsync", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, CHECKPOINT)
+    assert list(tmp_path.glob("round-*")) == []
+    monkeypatch.undo()
+    assert load_checkpoint(save_checkpoint(tmp_path, CHECKPOINT)).round_number == 7
+
+
+def test_policies_with_another_constant_have_another_hash():
+    assert POLICY.sha256 == POLICY.model_copy().sha256
+    for field, value in {"noise_multiplier": 0.5, "clip_norm": 2.0, "steps": 2, "rounds": 6}.items():
+        assert POLICY.model_copy(update={field: value}).sha256 != POLICY.sha256
+
+
+def test_the_wire_counts_real_bytes():
+    small, large = (message_bytes(RecordDict({"arrays": ArrayRecord({"a": Array(np.zeros(n))})})) for n in (10, 1010))
+    assert large - small == pytest.approx(8000, abs=16)
