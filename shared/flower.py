@@ -150,8 +150,11 @@ def run_inline(server_app: ServerApp, grid: InlineGrid, *, run_config: UserConfi
     server_app(grid, context)
 
 
-def message_bytes(content: RecordDict) -> int:
-    """Bytes of a message with this content on the wire."""
+def round_trip_bytes(request: RecordDict, reply: RecordDict) -> tuple[int, int]:
+    """Bytes of a request and of its reply on the wire, envelopes included."""
     _become_server()
-    message = Message(content, dst_node_id=_FIRST_NODE, message_type="train")
-    return _over_the_wire(message)[1]
+    message = Message(request, dst_node_id=_FIRST_NODE, message_type="train", ttl=1.0, group_id="1")
+    message.metadata.__dict__["_message_id"] = str(uuid4())
+    answer = Message(reply, reply_to=message)
+    answer.metadata.__dict__["_message_id"] = str(uuid4())
+    return _over_the_wire(message)[1], _over_the_wire(answer)[1]

@@ -18,7 +18,7 @@ from shared.adapter import Arrays, load_start, make_start, shared_slots
 from shared.campaign import Campaign, make_head, write_campaign
 from shared.config import Scenario
 from shared.datasets import Dataset
-from shared.flower import InlineGrid, message_bytes, run_inline
+from shared.flower import InlineGrid, round_trip_bytes, run_inline
 from shared.model import Base
 from shared.policy import Policy, make_policy
 from shared.progress import progress
@@ -46,10 +46,11 @@ class Plan:
             return no_claim(max_participations=self.policy.max_participations)
         return record_claim(_mechanism(self.policy), delta=self.policy.delta)
 
-    def bytes_per_message(self) -> int:
-        """Size of one request, which is that of one reply."""
+    def bytes_per_client_round(self) -> tuple[int, int]:
+        """Bytes a device receives and sends in one round."""
         arrays = {slot.name: self.start[slot.name] for slot in self.policy.array_slots()}
-        return message_bytes(wire.pack_request(arrays, round_number=1, policy_sha256=self.policy.sha256))
+        content = wire.pack_request(arrays, round_number=1, policy_sha256=self.policy.sha256)
+        return round_trip_bytes(content, content)
 
 
 def _mechanism(policy: Policy) -> Mechanism:

@@ -25,7 +25,8 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _describe_plan(plan: Plan) -> dict[str, Any]:
-    policy, claim, size = plan.policy, plan.claim(), plan.bytes_per_message()
+    policy, claim = plan.policy, plan.claim()
+    down, up = plan.bytes_per_client_round()
     return {
         "claim": claim.sentence(),
         "epsilon": claim.epsilon,
@@ -35,8 +36,8 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
         "cohort_size": policy.cohort_size,
         "parameters": sum(plan.start[name].size for name, _ in policy.slots),
         "tensors": {name: list(shape) for name, shape in policy.slots},
-        "bytes_per_client_round": {"up": size, "down": size},
-        "bytes_per_round": {"up": size * policy.cohort_size, "down": size * policy.cohort_size},
+        "bytes_per_client_round": {"down": down, "up": up},
+        "bytes_per_round": {"down": down * policy.cohort_size, "up": up * policy.cohort_size},
     }
 
 
@@ -56,6 +57,6 @@ def lines(plan: dict[str, Any]) -> list[str]:
             f"  to be spent: {campaign['claim']}",
             f"  noise multiplier {campaign['noise_multiplier']:.3f}",
             f"  bytes per round: {down:,} down, {up:,} up "
-            f"({campaign['bytes_per_client_round']['up']:,} per client each way)",
+            f"({campaign['bytes_per_client_round']['down']:,} and {campaign['bytes_per_client_round']['up']:,} a client)",
         ]
     return out

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from shared.model import Base
@@ -70,11 +71,17 @@ def tiny_world(tiny_base, tmp_path_factory) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch, request):
-    """No test writes to the user's cache; only slow ones, which need the real assets, may read it."""
-    if "slow" not in request.keywords:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests keep features and graphs to themselves; fetched assets, which only slow tests use, are the user's."""
+    assets = platformdirs.user_cache_path("sottovoce") / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    home = tmp_path_factory.mktemp("cache")
+    (home / "sottovoce").mkdir()
+    (home / "sottovoce" / "assets").symlink_to(assets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield
 
 
 def _load_tiny():

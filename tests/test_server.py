@@ -10,7 +10,7 @@ from server.gate import RejectedReply, check_reply
 from shared import wire
 from shared.config import FederationConfig
 from shared.errors import CampaignError
-from shared.flower import message_bytes
+from shared.flower import round_trip_bytes
 from shared.policy import Policy
 
 POLICY = Policy(
@@ -25,7 +25,7 @@ GOOD = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[3.0, 4.0]], np.fl
 @pytest.fixture(autouse=True)
 def speaking_server():
     """Messages can be made only where somebody speaks; the inline grid sets that up."""
-    message_bytes(RecordDict())
+    round_trip_bytes(RecordDict(), RecordDict())
 
 
 def reply_with(content: RecordDict) -> Message:
@@ -212,5 +212,7 @@ def test_policies_with_another_constant_have_another_hash():
 
 
 def test_the_wire_counts_real_bytes():
-    small, large = (message_bytes(RecordDict({"arrays": ArrayRecord({"a": Array(np.zeros(n))})})) for n in (10, 1010))
-    assert large - small == pytest.approx(8000, abs=16)
+    contents = [RecordDict({"arrays": ArrayRecord({"a": Array(np.zeros(n))})}) for n in (10, 1010)]
+    small, large = (round_trip_bytes(content, content) for content in contents)
+    for a, b in zip(small, large, strict=True):
+        assert b - a == pytest.approx(8000, abs=16)

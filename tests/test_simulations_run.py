@@ -1,0 +1,305 @@
+"""A whole simulation on a tiny base and an invented data set: what it writes, and what is the same whatever happens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.app import app as client_app
+from client.site import open_site, resident_base, resident_dataset
+from server.app import make_server_app
+from server.checkpoint import load_checkpoint
+from shared import wire
+from shared.campaign import read_campaign, write_campaign
+from shared.config import load_scenario
+from shared.errors import CampaignError, PrivacyError, ScenarioError
+from shared.flower import InlineGrid, run_inline
+from simulations.campaigns import plan_campaigns
+from simulations.dry_run import describe, lines
+from simulations.run import simulate
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_world, tmp_path_factory):
+    """One finished run: folder and summary."""
+    folder = tmp_path_factory.mktemp("run")
+    scenario = load_scenario(tiny_world(folder))
+    out = folder / "out"
+    summary = simulate(scenario, out=out, quiet=True)
+    return scenario, out, summary
+
+
+def plan(scenario):
+    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    return plan_campaigns(scenario, resident_base(scenario.model.base), dataset, quiet=True)
+
+
+@pytest.fixture
+def campaign(tiny_world, tmp_path):
+    """A published campaign nobody has run."""
+
+    def publish(*, body="", seed=3, name="campaign"):
+        planned = plan(load_scenario(tiny_world(tmp_path, body=body), (f"seed={seed}",)))[0]
+        return write_campaign(tmp_path / name, planned.scenario, planned.policy, planned.start)
+
+    return publish
+
+
+def run_campaign(campaign, *, client=client_app, devices=12):
+    grid = InlineGrid(client, devices=devices, run_config={"campaign": str(campaign.folder)})
+    run_inline(make_server_app(), grid, run_config={"campaign": str(campaign.folder)})
+    return grid, load_checkpoint(campaign.folder / "checkpoints" / f"round-{campaign.policy.rounds:04d}")
+
+
+def test_the_run_folder_holds_what_the_documentation_says(run):
+    scenario, out, summary = run
+    names = {"scenario.json", "run.json", "metrics.jsonl", "summary.json", "user_rmse.json", "report.html", "heads"}
+    assert names | {"campaigns"} == {path.name for path in out.iterdir()}
+    assert load_scenario(out / "scenario.json") == scenario
+    assert read_json(out / "summary.json") == json.loads(json.dumps(summary))
+    assert set(summary["rows"]) == {
+        "constant", "user-mean", "pooled", "local", "federated", "personal", "federated-linear", "personal-linear"
+    }  # fmt: skip
+    for row in summary["rows"].values():
+        assert {"rmse", "mae", "accuracy", "user_rmse", "worst_decile", "share_gaining"} == set(row)
+        assert row["rmse"]["low"] <= row["rmse"]["value"] <= row["rmse"]["high"]
+    wanted = {"trust", "unit", "relation", "epsilon", "delta", "sampling", "accountant", "max_participations", "noise"}
+    assert wanted <= set(summary["privacy"])
+    costs = {"wall_s", "client_rounds", "engine_ms_per_client_round", "bytes_up_per_client_round"}
+    assert costs | {"bytes_down_per_client_round", "peak_rss_mib"} <= set(summary["cost"])
+    assert summary["cost"]["client_rounds"] == 3 * 4
+    assert summary["privacy"]["epsilon"] <= 8.0
+    assert summary["privacy"]["noise"] == "seeded"
+    lines_ = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines_ if line["campaign"] == "lora"] == [0, 1, 2, 3]
+    epsilons = [line["epsilon"] for line in lines_ if line["campaign"] == "lora"]
+    assert epsilons[0] == 0
+    assert epsilons == sorted(epsilons)
+    assert [path.name for path in sorted((out / "heads").iterdir())] == ["base", "user-1", "user-2"]
+
+
+def test_two_runs_of_one_seed_agree_and_another_seed_does_not(campaign):
+    _, first = run_campaign(campaign(name="first"))
+    _, again = run_campaign(campaign(name="again"))
+    _, other = run_campaign(campaign(seed=4, name="other"))
+    for name in first.arrays:
+        np.testing.assert_array_equal(first.arrays[name], again.arrays[name])
+        assert not np.array_equal(first.arrays[name], other.arrays[name])
+
+
+def test_everybody_takes_part_equally_often(campaign):
+    published = campaign(body="linear.enabled = false")
+    _, last = run_campaign(published)
+    assert sorted(last.participations.values()) == [1] * 12
+
+
+class Faulty:
+    """The real app, except for what some devices answer."""
+
+    def __init__(self, faults):
+        self.faults = faults
+
+    def __call__(self, message, context):
+        reply = client_app(message, context)
+        fault = self.faults.get(context.node_config["partition-id"])
+        if fault:
+            reply.content = fault(reply.content)
+        return reply
+
+
+def poison(content):
+    arrays, round_number, policy = wire.unpack(content)
+    arrays = {name: np.full_like(array, np.nan) for name, array in arrays.items()}
+    return wire.pack_reply(arrays, round_number=round_number, policy_sha256=policy)
+
+
+def test_a_bad_reply_loses_that_device_and_not_the_round(campaign):
+    published = campaign()
+    grid, last = run_campaign(published, client=Faulty({0: poison, 5: lambda _: wire.pack_refusal("BUDGET")}))
+    assert all(np.isfinite(array).all() for array in last.arrays.values())
+    assert grid.messages == 12
+
+
+def test_too_few_good_replies_stop_the_campaign_and_keep_what_was_done(campaign):
+    published = campaign()
+    faults = dict.fromkeys(range(12), poison)
+    with pytest.raises(CampaignError, match=r"round 1 needs 50% of 4 replies, got 0 .*NOT_FINITE"):
+        run_campaign(published, client=Faulty(faults))
+
+
+def answer(campaign, *, device=0, node_config=None, context=None, **changes):
+    """What one device answers to a request that may be changed."""
+    request = {"round_number": 1, "policy_sha256": campaign.policy.sha256}
+    arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
+    arrays = changes.pop("arrays", arrays)
+    grid = context or InlineGrid(client_app, devices=12, run_config={"campaign": str(campaign.folder)})
+    if node_config is not None:
+        grid._contexts[1000 + device].node_config.clear()
+        grid._contexts[1000 + device].node_config.update(node_config)
+    from flwr.app import Message
+
+    message = Message(wire.pack_request(arrays, **(request | changes)), dst_node_id=1000 + device, message_type="train")
+    [reply] = grid.send_and_receive([message])
+    return wire.refusal_code(reply), grid
+
+
+def test_a_device_refuses_what_the_policy_does_not_say(campaign):
+    published = campaign()
+    good = {slot.name: published.start[slot.name] for slot in published.policy.array_slots()}
+    nan = {name: np.full_like(array, np.nan) for name, array in good.items()}
+    assert answer(published)[0] is None
+    assert answer(published, policy_sha256="0" * 64)[0] == "POLICY"
+    assert answer(published, round_number=0)[0] == "ROUND"
+    assert answer(published, round_number=published.policy.rounds + 1)[0] == "ROUND"
+    assert answer(published, arrays=nan)[0] == "ARRAYS"
+    assert answer(published, arrays=dict(list(good.items())[1:]))[0] == "ARRAYS"
+
+
+def test_a_device_takes_part_no_more_often_than_it_paid_for(campaign):
+    published = campaign()  # max_participations = 1
+    code, grid = answer(published)
+    assert code is None
+    assert answer(published, context=grid)[0] == "ROUND"  # the same round again
+    assert answer(published, context=grid, round_number=2)[0] == "BUDGET"
+
+
+def test_outside_a_simulation_no_device_trains(campaign):
+    published = campaign()
+    real = {"partition-id": 0, "num-partitions": 12}
+    assert answer(published, node_config=real)[0] == "NOT_A_SIMULATION"
+    assert answer(published, node_config=real | {"simulation": "true"})[0] == "NOT_A_SIMULATION"
+
+
+def test_what_goes_wrong_on_a_device_leaves_it_as_a_code_without_its_text(campaign, monkeypatch, caplog):
+    published = campaign()
+    secret = "xyzzy-my-diary"
+
+    def fail(*_, **__):
+        raise RuntimeError(secret)
+
+    monkeypatch.setattr("client.app.train_shared", fail)
+    assert answer(published)[0] == "INTERNAL"
+    assert secret not in caplog.text
+    assert "RuntimeError" in caplog.text
+
+
+def test_the_update_does_not_depend_on_anything_but_start_records_and_policy(campaign):
+    """The private part is fitted after the fact; fitting it differently cannot move a byte of what was sent."""
+    plain = campaign(name="plain")
+    other = campaign(body='personal.method = "none"\npersonal.ridge = 99.0', name="other")
+    updates = []
+    for published in (plain, other):
+        open_site.cache_clear()
+        _, last = run_campaign(published)
+        updates.append(last.arrays)
+    for name in updates[0]:
+        np.testing.assert_array_equal(updates[0][name], updates[1][name])
+
+
+def test_an_altered_start_is_noticed(campaign):
+    published = campaign()
+    path = published.folder / "start.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CampaignError, match="must be the start the policy names"):
+        read_campaign(published.folder)
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "says"),
+    [
+        ("privacy.max_participations = 1\nfederation.rounds = 4", PrivacyError, "must be at least 2"),
+        ("federation.cohort_size = 13", PrivacyError, "at most the 12 clients, got 13"),
+        ("privacy.delta = 0.01", PrivacyError, "privacy.delta must be at most"),
+        ("model.head_blocks = 3", ScenarioError, "between 0 and 2 for this base, got 3"),
+        ('adapter.targets = ["wq"]', ScenarioError, "adapter.targets must name linear layers"),
+        ('export.users = ["99"]', ScenarioError, "export.users must name users"),
+    ],
+)
+def test_a_scenario_that_cannot_hold_is_refused_before_anything_is_written(tiny_world, tmp_path, body, error, says):
+    path = tiny_world(tmp_path)
+    overrides = tuple(line.replace(" = ", "=") for line in body.split("\n"))
+    with pytest.raises(error, match=says):
+        simulate(load_scenario(path, overrides), out=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_folder_is_not_touched(tiny_world, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ScenarioError, match="must be a new folder"):
+        simulate(load_scenario(tiny_world(tmp_path)), out=tmp_path / "out", quiet=True)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_without_privacy_the_run_says_so(tiny_world, tmp_path):
+    scenario = load_scenario(tiny_world(tmp_path), ('privacy.trust="none"', "export.users=0", "linear.enabled=false"))
+    summary = simulate(scenario, out=tmp_path / "out", quiet=True)
+    assert summary["claim"].startswith("NOT PRIVATE")
+    assert summary["privacy"]["epsilon"] is None
+    assert "NOT PRIVATE" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_dry_run_names_cost_and_bytes_and_writes_nothing(tiny_world, tmp_path):
+    scenario = load_scenario(tiny_world(tmp_path))
+    described = describe(scenario, quiet=True)
+    lora = described["campaigns"]["lora"]
+    assert lora["epsilon"] <= 8.0
+    assert lora["bytes_per_round"]["up"] == 4 * lora["bytes_per_client_round"]["up"]
+    assert lora["bytes_per_client_round"]["up"] > 4 * lora["parameters"]
+    text = "\n".join(lines(described))
+    assert "privacy.epsilon = 8.0" in text
+    assert "bytes per round" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_the_dry_run_counts_the_bytes_a_run_really_sends(run):
+    scenario, _, summary = run
+    promised = describe(scenario, quiet=True)["campaigns"]["lora"]["bytes_per_client_round"]["up"]
+    assert summary["cost"]["bytes_up_per_client_round"] == pytest.approx(
+        promised, abs=8
+    )  # a device's number may be a byte longer
+
+
+def command(*arguments, cwd=Path(__file__).parent.parent, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "sottovoce.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_the_command_predicts_with_a_head_of_the_run(run):
+    _, out, _ = run
+    done = command("client", "predict", "--head", out / "heads" / "user-1", "--text", "Film number 3 (1953). War")
+    assert done.returncode == 0, done.stderr
+    assert 1.0 <= float(done.stdout.split()[0]) <= 5.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["simulate", "nowhere.toml"], "nowhere.toml must be a readable scenario file"),
+        (["simulate", "SCENARIO", "--set", "privacy.delta=1.5"], "privacy.delta must be less than 1, got 1.5"),
+        (["report", "nowhere"], "nowhere"),
+        (["client", "predict", "--head", "nowhere", "--text", "x"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(tiny_world, tmp_path, arguments, says):
+    scenario = tiny_world(tmp_path)
+    done = command(*(str(scenario) if argument == "SCENARIO" else argument for argument in arguments))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert says in done.stderr
