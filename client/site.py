@@ -11,6 +11,7 @@ from pathlib import Path
 import platformdirs
 import torch
 from opacus import GradSampleModule
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from client.train import make_trainable
@@ -33,6 +34,16 @@ def resident_base(reference: str) -> Base:
 def resident_dataset(format_name: str, source: str) -> Dataset:
     """The users of a simulation, read once per process."""
     return read(format_name, resolve(source))
+
+
+def use_threads(count: int) -> None:
+    """Bound the threads of torch and of numpy's linear algebra, for the whole process.
+
+    A device's matrices are small: sharing one out costs more than it saves, and where another process holds a core,
+    the shares wait for each other (a round's private fits took ten times as long).
+    """
+    torch.set_num_threads(count)
+    threadpool_limits(limits=count)
 
 
 def feature_cache() -> Path:
@@ -84,8 +95,7 @@ def open_site(campaign_folder: str) -> Site:
     """Load everything a process of devices needs, once."""
     campaign = read_campaign(Path(campaign_folder))
     scenario = campaign.scenario
-    if scenario.performance.threads:
-        torch.set_num_threads(scenario.performance.threads)
+    use_threads(scenario.performance.threads)
     base = resident_base(scenario.model.base)
     head = campaign.new_head(base)
     load_start(head, campaign.start)

@@ -146,7 +146,7 @@ class EvaluationConfig(Settings):
 class PerformanceConfig(Settings):
     """Must not change the guarantee or, beyond rounding, the result."""
 
-    threads: Annotated[int, Field(ge=0)] = 0  # 0 = as torch finds them
+    threads: Count = 1  # of torch; a device's batches are too small to share out, and a busy core stalls the other
     micro_batch: Count = 1024  # tokens per forward pass; the sum of clipped gradients does not see it
 
 

@@ -37,9 +37,9 @@ class InlineGrid(Grid):
         client_app: The devices' app.
         devices: How many there are; device i has ``partition-id`` i.
         run_config: Flower's run config for server and devices.
-        on_reply: Called after every reply, for a progress bar.
 
     Attributes:
+        on_reply: Called after every reply, for a progress bar.
         bytes_down: Bytes of all requests so far.
         bytes_up: Bytes of all replies so far.
         messages: Requests so far.
@@ -52,11 +52,10 @@ class InlineGrid(Grid):
         *,
         devices: int,
         run_config: UserConfig,
-        on_reply: Callable[[], object] | None = None,
     ) -> None:
         _become_server()
         self._client_app = client_app
-        self._on_reply = on_reply
+        self.on_reply: Callable[[], object] | None = None
         self._run = Run.create_empty(_RUN_ID)
         self._replies: dict[str, Message] = {}
         self._contexts = {
@@ -127,8 +126,8 @@ class InlineGrid(Grid):
         self._replies[message_id], size = _over_the_wire(reply)
         self.bytes_up += size
         self.messages += 1
-        if self._on_reply:
-            self._on_reply()
+        if self.on_reply:
+            self.on_reply()
         return message_id
 
 

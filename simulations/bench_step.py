@@ -17,7 +17,7 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from client.site import TextFeatures, resident_base, resident_dataset
+from client.site import TextFeatures, resident_base, resident_dataset, use_threads
 from client.train import make_trainable, micro_batches, quiet_hooks, train_shared
 from shared.adapter import Arrays, Head, load_start, make_start, read_shared, shared_parameters, shared_slots
 from shared.campaign import make_head
@@ -64,15 +64,7 @@ def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
     Raises:
         CampaignError: Two variants that must give the same answer do not.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _bench(rounds, quiet)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _bench(rounds: int, quiet: bool) -> dict[str, Any]:
+    use_threads(1)
     scenario = Scenario(name="bench-step")
     base = resident_base(scenario.model.base)
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
@@ -137,7 +129,7 @@ class _Prepared:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in shared_parameters(self.head).values():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         self.start: Arrays = read_shared(self.head)
         policy = make_policy(
             scenario,

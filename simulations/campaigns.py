@@ -4,6 +4,7 @@ import json
 import resource
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from shared.adapter import Arrays, load_start, make_start, shared_slots
 from shared.campaign import Campaign, make_head, write_campaign
 from shared.config import Scenario
 from shared.datasets import Dataset
-from shared.flower import InlineGrid, round_trip_bytes, run_inline
+from shared.flower import InlineGrid, UserConfig, round_trip_bytes, run_inline
 from shared.model import Base
 from shared.policy import Policy, make_policy
 from shared.progress import progress
@@ -104,64 +105,69 @@ def _plan(name: str, suffix: str, scenario: Scenario, base: Base, dataset: Datas
     return Plan(name, suffix, scenario, policy, start, texts)
 
 
+class _Log:
+    """Writes a line of ``metrics.jsonl`` for every observed round and counts replies."""
+
+    def __init__(self, plan: Plan, observer: Observer, grid: InlineGrid, *, devices: int, path: Path) -> None:
+        self._plan, self._observer, self._grid, self._devices, self._path = plan, observer, grid, devices, path
+        policy = plan.policy
+        self._spent = epsilon_by_participation(_mechanism(policy), delta=policy.delta) if policy.delta else None
+        self.replies = 0
+        self.rejected: Counter[str] = Counter()
+
+    def on_round(self, strategy: EqualWeights) -> None:
+        """Count the round; observe it if it is its turn."""
+        self.replies += strategy.accepted
+        self.rejected.update(strategy.rejected)
+        done = strategy.checkpoint.round_number
+        if done % self._plan.scenario.evaluation.every_rounds == 0 or done == self._plan.policy.rounds:
+            self.observe(done, strategy.checkpoint.arrays, strategy.accepted, strategy.rejected)
+
+    def observe(self, round_number: int, arrays: Arrays, accepted: int, rejected: Mapping[str, int]) -> None:
+        """Evaluate on everybody's validation rows, with private parts fitted on the rows before them."""
+        observer = self._observer
+        seen = observer.predict(arrays, known=observer.fit, asked=observer.validation)
+        line = {
+            "campaign": self._plan.name,
+            "round": round_number,
+            "validation_rmse_federated": rmse(seen.shared, observer.validation.target),
+            "validation_rmse_personal": rmse(seen.personal, observer.validation.target),
+            "epsilon": self._epsilon(round_number),
+            "bytes_up": self._grid.bytes_up,
+            "bytes_down": self._grid.bytes_down,
+            "replies": accepted,
+            "rejected": dict(rejected),
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _epsilon(self, round_number: int) -> float | None:
+        """Spent so far by the devices that took part most often."""
+        if self._spent is None:
+            return None
+        asked = -(-round_number * self._plan.policy.cohort_size // self._devices)
+        return self._spent[asked - 1] if asked else 0.0
+
+
 def run_campaign(plan: Plan, base: Base, dataset: Dataset, *, out: Path, quiet: bool) -> Result:
     """All rounds of one campaign over the inline engine, watched by an observer."""
     campaign = write_campaign(out / "campaigns" / plan.name, plan.scenario, plan.policy, plan.start)
     head = campaign.new_head(base)
     load_start(head, plan.start)
     observer = Observer(head, plan.texts, dataset, plan.scenario)
-    site = open_site(str(campaign.folder))
-    policy, devices = plan.policy, len(dataset.users)
-    spent = epsilon_by_participation(_mechanism(policy), delta=policy.delta) if policy.delta else None
-    rejected: Counter[str] = Counter()
-    replies = 0
-    total = policy.rounds * policy.cohort_size
-    with (
-        progress(total=total, description=f"federation ({plan.name})", unit="device", quiet=quiet) as bar,
-        (out / "metrics.jsonl").open("a", encoding="utf-8") as log,
-    ):
-        grid = InlineGrid(
-            client_app,
-            devices=devices,
-            run_config={"campaign": str(campaign.folder)},
-            on_reply=lambda: bar.update(1),
-        )
-
-        def observe(round_number: int, arrays: Arrays, accepted: int, codes: dict[str, int]) -> None:
-            seen = observer.predict(arrays, known=observer.fit, asked=observer.validation)
-            target = observer.validation.target
-            participations = -(-round_number * policy.cohort_size // devices)
-            epsilon_now = None if spent is None else (spent[participations - 1] if round_number else 0.0)
-            line = {
-                "campaign": plan.name,
-                "round": round_number,
-                "validation_rmse_federated": rmse(seen.shared, target),
-                "validation_rmse_personal": rmse(seen.personal, target),
-                "epsilon": epsilon_now,
-                "bytes_up": grid.bytes_up,
-                "bytes_down": grid.bytes_down,
-                "replies": accepted,
-                "rejected": codes,
-            }
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-
-        def on_round(strategy: EqualWeights) -> None:
-            nonlocal replies
-            replies += strategy.accepted
-            rejected.update(strategy.rejected)
-            done = strategy.checkpoint.round_number
-            if done % plan.scenario.evaluation.every_rounds == 0 or done == policy.rounds:
-                observe(done, strategy.checkpoint.arrays, strategy.accepted, dict(strategy.rejected))
-
-        shared_start = {slot.name: plan.start[slot.name] for slot in policy.array_slots()}
-        observe(0, shared_start, 0, {})
-        started = time.perf_counter()
-        run_inline(make_server_app(on_round=on_round), grid, run_config={"campaign": str(campaign.folder)})
-        wall_s = time.perf_counter() - started
-    last = load_checkpoint(campaign.folder / "checkpoints" / f"round-{policy.rounds:04d}")
-    cost = _cost(grid, site, wall_s=wall_s)
-    return Result(plan, campaign, last.arrays, observer, cost, replies, dict(rejected))
+    site = open_site(str(campaign.folder))  # now, so that the first device's time is its own
+    run_config: UserConfig = {"campaign": str(campaign.folder)}
+    devices, total = len(dataset.users), plan.policy.rounds * plan.policy.cohort_size
+    grid = InlineGrid(client_app, devices=devices, run_config=run_config)
+    log = _Log(plan, observer, grid, devices=devices, path=out / "metrics.jsonl")
+    log.observe(0, {slot.name: plan.start[slot.name] for slot in plan.policy.array_slots()}, 0, {})
+    started = time.perf_counter()
+    with progress(total=total, description=f"federation ({plan.name})", unit="device", quiet=quiet) as bar:
+        grid.on_reply = lambda: bar.update(1)
+        run_inline(make_server_app(on_round=log.on_round), grid, run_config=run_config)
+    last = load_checkpoint(campaign.folder / "checkpoints" / f"round-{plan.policy.rounds:04d}")
+    cost = _cost(grid, site, wall_s=time.perf_counter() - started)
+    return Result(plan, campaign, last.arrays, observer, cost, log.replies, dict(log.rejected))
 
 
 def _cost(grid: InlineGrid, site: Site, *, wall_s: float) -> dict[str, float]:

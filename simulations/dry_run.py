@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from client.site import resident_base, resident_dataset
+from client.site import resident_base, resident_dataset, use_threads
 from shared.config import Scenario
 from simulations.campaigns import Plan, plan_campaigns
 
@@ -14,6 +14,7 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
     Raises:
         SottovoceError: The scenario would not run.
     """
+    use_threads(scenario.performance.threads)
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
     base = resident_base(scenario.model.base)
     plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
@@ -51,12 +52,12 @@ def lines(plan: dict[str, Any]) -> list[str]:
             out.append(f"  {table} = {json.dumps(values)}")
     for name, campaign in plan["campaigns"].items():
         down, up = campaign["bytes_per_round"]["down"], campaign["bytes_per_round"]["up"]
+        each = campaign["bytes_per_client_round"]
         out += [
             f"campaign {name}: {campaign['rounds']} rounds with {campaign['cohort_size']} of {plan['clients']} clients "
             f"each, {campaign['parameters']} shared parameters",
             f"  to be spent: {campaign['claim']}",
             f"  noise multiplier {campaign['noise_multiplier']:.3f}",
-            f"  bytes per round: {down:,} down, {up:,} up "
-            f"({campaign['bytes_per_client_round']['down']:,} and {campaign['bytes_per_client_round']['up']:,} a client)",
+            f"  bytes per round: {down:,} down, {up:,} up ({each['down']:,} and {each['up']:,} a client)",
         ]
     return out

@@ -43,7 +43,7 @@ def by_round(campaigns: dict[str, list[Round]]) -> tuple[dict[str, Figure], list
             seen["wire"].append(f"{campaign}, {way}: {total[-1]:,.1f} MB")
     figures = {
         "error": {"data": error, "layout": _layout("round (0: before training)", "validation RMSE")},
-        "wire": {"data": wire, "layout": _layout("round", "MB so far, all clients together")},
+        "wire": {"data": wire, "layout": _layout("round", "MB so far, all clients")},
     }
     if epsilon:
         figures["epsilon"] = {"data": epsilon, "layout": _layout("round", "ε spent so far")}
@@ -81,7 +81,7 @@ def by_user(users: Users) -> tuple[dict[str, Figure], list[str]]:
             }
         data.append(trace)
         seen.append(f"{row}: {int((gain > 0).sum())} of {gain.size} users gain, median {np.median(gain):+.3f}")
-    layout = _layout("RMSE of local minus RMSE of the row (right of 0: the user gains)", "users", whole=False)
+    layout = _layout("RMSE gained over local", "users", whole=False)
     layout["shapes"] = [
         {
             "type": "line",
@@ -93,7 +93,9 @@ def by_user(users: Users) -> tuple[dict[str, Figure], list[str]]:
             "line": {"color": "--ink", "width": 1.5},
         }
     ]
-    return {"gain": {"data": data, "layout": layout}}, [_place("gain", "Gain over local", {"gain": seen})]
+    return {"gain": {"data": data, "layout": layout}}, [
+        _place("gain", "Gain over local: right of zero, the user has the lower error", {"gain": seen})
+    ]
 
 
 _NO_EPSILON = "<h3>ε by round</h3><p>None: the run makes no claim, so there is no ε to show.</p>"
@@ -182,5 +184,5 @@ def _layout(x: str, y: str, *, whole: bool = True) -> Figure:
         "showlegend": True,
         "bargap": 0.05,
         "xaxis": {**axis, **counts, "title": {"text": x}},
-        "yaxis": {**axis, "title": {"text": y}},
+        "yaxis": {**axis, "separatethousands": True, "title": {"text": y}},
     }

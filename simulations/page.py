@@ -43,6 +43,8 @@ p, li, dd, td, th { overflow-wrap: break-word; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--c0); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .6rem .75rem; }
+caption span { display: inline-block; position: sticky; left: .75rem; max-width: min(100%, 100vw - 4rem); }
+figcaption { margin-top: .6rem; }
 th, td { text-align: right; vertical-align: top; padding: .5rem .75rem; border-top: 1px solid var(--line); }
 thead th { background: var(--card); white-space: nowrap; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
@@ -129,7 +131,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, w
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">'
-        f"<table{' class=words' if words else ''}><caption>{name}</caption>"
+        f"<table{' class=words' if words else ''}><caption><span>{name}</span></caption>"
         f"<thead><tr>{header}</tr></thead><tbody>\n{lines}</tbody></table></div>"
     )
 

@@ -115,12 +115,12 @@ def _opening(folder: RunFolder) -> Iterator[str]:
     if not summary.private:
         yield (
             f'<p class="warn"><strong>{NOT_PRIVATE}.</strong> This run makes no privacy claim: '
-            "what devices sent bounds nothing about their records.</p>"
+            "nothing limits what a reply reveals about the records behind it.</p>"
         )
     data = summary.data
     yield (
         f'<p class="dim">{html.escape(data.name)}: {data.users:,} users, {data.fit:,} records to fit, '
-        f"{data.validation:,} to validate, {data.test:,} to test · {html.escape(folder.run.created)}</p>"
+        f"{data.validation:,} to validate, {data.test:,} to test<br>run {html.escape(folder.run.created)}</p>"
     )
     if summary.stamps:
         yield f'<ul class="stamps" aria-label="Stamps">{_items(html.escape(s) for s in summary.stamps)}</ul>'
@@ -128,14 +128,14 @@ def _opening(folder: RunFolder) -> Iterator[str]:
     if privacy.sentence != summary.claim:
         yield f"<p>{html.escape(privacy.sentence)}</p>"
     yield "<p>Every device of this run was simulated on one machine, which held the data of all of them."
-    if privacy.epsilon is not None:
+    if summary.private:
         yield (
             "The ε is what a deployment with these settings <em>would</em> spend on what leaves a device. "
-            "It is no promise about this folder: whoever has the seeds kept in it can compute the noise and take "
-            "it away "
+            "It is no promise about this folder: whoever has the seeds kept in it can compute the noise and "
+            "take it away "
             f"(<code>privacy.noise</code> reads <code>{_text(privacy.noise)}</code>)."
         )
-    if privacy.unit == "record":
+    if summary.private and privacy.unit == "record":
         yield (
             "One record is hidden; traits that many records of a person share, and the fact of taking part, are not."
         )
@@ -183,8 +183,8 @@ def _outcome(summary: Summary) -> Iterator[str]:
     )
     yield (
         '<p class="dim">RMSE, MAE and accuracy are pooled over test ratings; a prediction is accurate when '
-        "the nearest whole rating, halves up, is the true one. Users gaining: the share whose own RMSE is below "
-        "that of the row <code>local</code>.</p>"
+        "the nearest whole rating, halves up, is the true one. Users gaining: the share whose own RMSE is "
+        "below that of the row <code>local</code>.</p>"
     )
 
 
@@ -240,12 +240,12 @@ def _losses(summary: Summary, own: str) -> Iterator[str]:
         worse = [name for name in METRICS if name != "share_gaining" and _worse(summary, own, other, name)]
         mine = summary.rows[own]
         others = [
-            f"{METRICS[name][0]}: {_metric(name, mine[name])} against {_metric(name, scores[name])}"
+            f"{METRICS[name][0]} {_metric(name, mine[name])} against {_metric(name, scores[name])}"
             for name in worse
             if name != "rmse"
         ]
         if "rmse" in worse:
-            tail = f" Also {'; '.join(others)}." if others else ""
+            tail = f" Also: {'; '.join(others)}." if others else ""
             yield f"On RMSE {_against(summary, own, other)}.{tail}"
         elif others:
             yield f"Against <code>{html.escape(other)}</code>, though not on RMSE: {'; '.join(others)}."
@@ -296,11 +296,11 @@ def _flows(summary: Summary) -> Iterator[str]:
     yield "<h2>What leaves a device, and what does not</h2>"
     leaves = (
         f"<strong>Leaves:</strong> the change of the shared tensors that the policy names, {LEAVES[trust]}; "
-        "the round number; the hash of the policy. Or, instead of these, one of a fixed set of refusal codes. "
-        "That the device takes part, and when, shows by itself.",
+        "the round number; the hash of the policy. Or, instead of these, one of a fixed set of refusal "
+        "codes. That the device takes part, and when, shows by itself.",
         "<strong>Stays:</strong> texts, ratings, how many records there are, losses, every private tensor.",
-        "<strong>Not hidden:</strong> a personal head holds what its owner's records taught it. It is made for "
-        "the owner's device; whoever reads it reads the owner.",
+        "<strong>Not hidden:</strong> a personal head holds what its owner's records taught it. It is "
+        "made for the owner's device; whoever reads it reads the owner.",
     )
     yield f"<ul>{_items(leaves)}</ul>"
     yield (
@@ -348,7 +348,7 @@ def _repeat(folder: RunFolder) -> Iterator[str]:
     """All that is needed to run it again."""
     run = folder.run
     command = run.command if isinstance(run.command, str) else shlex.join(run.command)
-    yield f"<h2>To repeat it</h2>\n<pre><code>{html.escape(command)}</code></pre>"
+    yield f"<h2>To repeat it</h2>\n<pre tabindex="0"><code>{html.escape(command)}</code></pre>"
     facts = {"commit": run.commit, "created": run.created, **run.machine, **run.versions}
     for caption, values in (("Versions and machine", facts), ("Seeds", run.seeds)):
         rows = [[html.escape(key), _text(value)] for key, value in values.items()]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.site import resident_base, resident_dataset
+from client.site import resident_base, resident_dataset, use_threads
 from shared.adapter import load_start, pooled_features
 from shared.config import Scenario
 from shared.datasets import Dataset
@@ -58,8 +58,7 @@ def simulate(scenario: Scenario, *, out: Path, command: str = "", quiet: bool = 
     started = time.perf_counter()
     if out.exists():
         raise ScenarioError(f"{out} must be a new folder; it exists. Choose another with --out, or remove it.")
-    if scenario.performance.threads:
-        torch.set_num_threads(scenario.performance.threads)
+    use_threads(scenario.performance.threads)
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
     base = resident_base(scenario.model.base)
     exported = _exported_users(scenario, dataset)
