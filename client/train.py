@@ -60,16 +60,16 @@ def train_shared(
     head = module._module if isinstance(module, GradSampleModule) else module
     load_shared(head, start)
     optimizer = OPTIMIZERS[policy.trust](list(shared_parameters(head).values()), policy, noise)
-    for _ in range(policy.steps):
-        rows = _draw(len(targets), policy.sampling_rate, sampling)
-        for batch in micro_batches(rows, features.lengths, micro_batch):
-            hidden, mask = features.batch(batch)  # (B, T, d), (B, T)
-            errors = module(hidden, mask) - targets[batch]  # (B,)
-            loss = 0.5 * (errors**2).sum()  # a sum of per-sample losses: no sample touches another's gradient
-            with quiet_hooks():
+    with quiet_hooks():
+        for _ in range(policy.steps):
+            rows = _draw(len(targets), policy.sampling_rate, sampling)
+            for batch in micro_batches(rows, features.lengths, micro_batch):
+                hidden, mask = features.batch(batch)  # (B, T, d), (B, T)
+                errors = module(hidden, mask) - targets[torch.from_numpy(batch)]  # (B,)
+                loss = 0.5 * (errors * errors).sum()  # a sum of per-sample losses: none touches another's gradient
                 loss.backward()
-            optimizer.accumulate()
-        optimizer.step()
+                optimizer.accumulate()
+            optimizer.step()
     update = {name: after - start[name] for name, after in read_shared(head).items()}
     if not all(np.isfinite(change).all() for change in update.values()):
         raise RefusedError("NOT_FINITE")

@@ -348,7 +348,7 @@ def _repeat(folder: RunFolder) -> Iterator[str]:
     """All that is needed to run it again."""
     run = folder.run
     command = run.command if isinstance(run.command, str) else shlex.join(run.command)
-    yield f"<h2>To repeat it</h2>\n<pre tabindex="0"><code>{html.escape(command)}</code></pre>"
+    yield f'<h2>To repeat it</h2>\n<pre tabindex="0"><code>{html.escape(command)}</code></pre>'
     facts = {"commit": run.commit, "created": run.created, **run.machine, **run.versions}
     for caption, values in (("Versions and machine", facts), ("Seeds", run.seeds)):
         rows = [[html.escape(key), _text(value)] for key, value in values.items()]

@@ -126,7 +126,7 @@ def noise_of(setting, policy, **arguments):
 
 def test_the_composed_step_has_the_calibrated_noise_and_a_wrong_one_would_show(setting):
     policy = setting.policy(noise_multiplier=1.7)
-    draws = np.concatenate([noise_of(setting, policy, seed=seed) for seed in range(40)])
+    draws = np.concatenate([noise_of(setting, policy, seed=seed) for seed in range(90)])
     assert len(draws) > 5000
     assert scipy.stats.kstest(draws, scipy.stats.norm.cdf).pvalue > 0.01
     for wrong in (0.9, 1.1):

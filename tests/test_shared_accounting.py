@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+import shared.accounting
 from shared.accounting import (
     Claim,
     Mechanism,
@@ -184,6 +185,16 @@ def test_calibrated_noise_is_certified_and_smallest(target, delta, rate, steps, 
         assert gaussian_epsilon(noise * 0.998, steps * rounds, delta) > target
     else:
         assert epsilon(mechanism(noise * 0.997, rate, steps, rounds), delta=delta) > target
+
+
+@pytest.mark.parametrize("fine_over_coarse", [0.9, 1.0, 1.1])
+def test_only_the_fine_grid_certifies(monkeypatch, fine_over_coarse):
+    def price(campaign: Mechanism, delta: float, grid: float) -> float:
+        return 10 / campaign.noise_multiplier * (fine_over_coarse if grid <= 1e-4 else 1.0)
+
+    monkeypatch.setattr(shared.accounting, "_price", price)
+    noise = calibrate_noise(epsilon=2.0, delta=1e-5, sampling_rate=0.1, steps=5, max_participations=2)
+    assert 2.0 * 0.998 <= price(mechanism(noise), 1e-5, 1e-4) <= 2.0
 
 
 @pytest.mark.parametrize(

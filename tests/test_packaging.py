@@ -1,0 +1,119 @@
+"""What travels, what is imported, and that the documentation speaks of what is there."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sottovoce import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGES = ("client", "server", "shared", "simulations", "sottovoce")
+
+
+def imports_of(package: str) -> set[str]:
+    found: set[str] = set()
+    for path in (ROOT / package).rglob("*.py"):
+        found |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return found & set(PACKAGES)
+
+
+def test_server_and_client_never_import_each_other_and_shared_imports_neither():
+    assert imports_of("shared") == {"shared"}
+    assert imports_of("server") == {"server", "shared"}
+    assert imports_of("client") == {"client", "shared"}
+    assert "sottovoce" not in imports_of("simulations")
+
+
+def test_only_one_module_touches_the_internals_of_flower():
+    internals = re.compile(r"from flwr\.(supercore|common|proto|server\b|client\b)")
+    touching = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if internals.search(path.read_text(encoding="utf-8"))
+    }
+    assert touching == {"shared/flower.py"}
+
+
+def test_the_bundle_is_an_allow_list_without_data():
+    patterns = PROJECT["tool"]["flwr"]["app"]["fab-include"]
+    assert all(pattern.endswith((".py", "scenarios/*.toml", "README.md")) for pattern in patterns)
+    assert not any(pattern.startswith("*") for pattern in patterns)
+
+
+def test_the_facade_loads_nothing_heavy():
+    code = (
+        "import sys, sottovoce, sottovoce.cli; "
+        "heavy = {'torch', 'flwr', 'transformers', 'peft', 'opacus', 'onnx', 'ray'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_package_of_another_wheel_is_noticed(tmp_path):
+    """The names are common; a stranger's `client` that comes first must not be used in silence."""
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "__init__.py").touch()
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import sottovoce"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "package 'client' must be the one beside" in done.stderr
+
+
+def commands_of_readme() -> list[str]:
+    lines = re.findall(r"^sottovoce .*", README, re.MULTILINE)
+    return [line.split("#")[0].strip() for line in lines]
+
+
+def test_the_readme_shows_commands():
+    assert len(commands_of_readme()) >= 5
+
+
+@pytest.mark.parametrize("line", commands_of_readme())
+def test_every_command_of_the_readme_is_understood(line):
+    options = cli._parser().parse_args(shlex.split(line)[1:])
+    assert callable(options.handler)
+
+
+def test_the_scenarios_and_documents_the_readme_names_exist():
+    for name in re.findall(r"(?:simulations/scenarios/[\w.-]+|docs/[\w.-]+|shared/config\.py)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def leaf_parsers(parser=None, words=()):
+    parser = parser or cli._parser()
+    children = [action for action in parser._actions if hasattr(action, "choices") and isinstance(action.choices, dict)]
+    if not children:
+        yield " ".join(words), parser
+    for action in children:
+        for name, child in action.choices.items():
+            yield from leaf_parsers(child, (*words, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "parser"), list(leaf_parsers()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_command_has_help_and_is_in_the_readme(name, parser):
+    assert "usage:" in parser.format_help()
+    assert f"sottovoce {name}" in README or name.split()[-1] in README
+
+
+def test_the_repository_has_its_papers():
+    for name in ("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/summary.md"):
+        assert (ROOT / name).is_file(), name
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_every_module_says_what_it_is_for():
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not text or text.startswith('"""'), path
