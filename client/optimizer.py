@@ -1,5 +1,6 @@
 """Where clipping, noise and the policy's constants meet: one noisy step of DP-SGD, or one without privacy."""
 
+import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
@@ -30,7 +31,7 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with B a constant in place of the lot size.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: torch.Generator) -> None:
+    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: np.random.Generator) -> None:
         super().__init__(
             torch.optim.SGD(parameters, lr=policy.learning_rate),
             noise_multiplier=policy.noise_multiplier,
@@ -63,7 +64,7 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
 class PlainOptimizer:
     """The same step without clipping and noise, for trust ``none``: summed gradient over the same constant."""
 
-    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: torch.Generator) -> None:
+    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: np.random.Generator) -> None:
         del generator  # nothing is drawn; the signature is the one of PolicyOptimizer
         self._sgd = torch.optim.SGD(parameters, lr=policy.learning_rate)
         self._parameters, self._denominator = parameters, policy.denominator

@@ -33,8 +33,8 @@ def train_shared(
     *,
     policy: Policy,
     micro_batch: int,
-    sampling: torch.Generator,
-    noise: torch.Generator,
+    sampling: np.random.Generator,
+    noise: np.random.Generator,
 ) -> Arrays:
     """Take the policy's noisy steps from the server's arrays and return the change, and nothing else.
 
@@ -86,11 +86,11 @@ def quiet_hooks() -> Iterator[None]:
         yield
 
 
-def _draw(count: int, rate: float, generator: torch.Generator) -> np.ndarray:
+def _draw(count: int, rate: float, generator: np.random.Generator) -> np.ndarray:
     """Each record independently with probability ``rate``; all of them at 1. Empty draws are legal and must happen."""
     if rate == 1.0:
         return np.arange(count)
-    return np.flatnonzero(torch.rand(count, generator=generator, dtype=torch.float64).numpy() < rate)
+    return np.flatnonzero(generator.random(count) < rate)
 
 
 def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-_BLOCK = 1024  # float32 sums of squares stay this short: over a million terms they were off by 6e-4
-_TRUSTED_NORMS = (1e-12, 1e18)  # outside, squares may have left float32's range: computed again in float64
 _ROUNDING_MARGIN = 1e-5  # more than the norm, the factor and the product can lose to rounding
 _SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
 
@@ -52,29 +50,14 @@ def clipped_sum(per_sample: Sequence[torch.Tensor], *, clip_norm: float) -> list
     rows = [
         x.reshape(count, math.prod(x.shape[1:])).to(torch.promote_types(x.dtype, torch.float32)) for x in per_sample
     ]  # (n, p_i)
-    norms = torch.linalg.vector_norm(torch.stack([_row_norms(x) for x in rows]), dim=0)  # (n,) float64
+    # float64, so that squares neither overflow nor lose the small ones in a long sum
+    norms = torch.stack([torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in rows]).norm(dim=0)  # (n,)
     factors = (clip_norm * (1 - _ROUNDING_MARGIN) / norms).clamp(max=1.0)
     usable = factors >= _SMALLEST_FACTOR  # False for NaN
     if not bool(usable.all()):  # 0 * NaN is NaN: the rows themselves must go
         factors = factors.where(usable, 0.0)
         rows = [x.where(usable[:, None], 0.0) for x in rows]
     return [(factors.to(x.dtype) @ x).reshape(original.shape[1:]) for x, original in zip(rows, per_sample, strict=True)]
-
-
-def _row_norms(rows: torch.Tensor) -> torch.Tensor:
-    """Return the float64 L2 norm of each row of a float32 or float64 matrix, NaN or inf where an entry is."""
-    norms = _block_norms(rows)
-    doubtful = ~((norms > _TRUSTED_NORMS[0]) & (norms < _TRUSTED_NORMS[1]))
-    if bool(doubtful.any()):
-        norms[doubtful] = _block_norms(rows[doubtful].to(torch.float64))
-    return norms
-
-
-def _block_norms(rows: torch.Tensor) -> torch.Tensor:
-    """Return the norm of each row from the norms of its blocks."""
-    blocks = [torch.linalg.vector_norm(block, dim=1) for block in torch.split(rows, _BLOCK, dim=1)]
-    norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(blocks), dim=0, dtype=torch.float64)
-    return norms
 
 
 def clip_by_norm(update: Mapping[str, np.ndarray], *, clip_norm: float) -> tuple[dict[str, np.ndarray], float]:

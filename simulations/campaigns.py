@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flwr.app.user_config import UserConfig
+
 from client.app import app as client_app
 from client.site import Site, TextFeatures, open_site
 from server.app import make_server_app
@@ -19,7 +21,7 @@ from shared.adapter import Arrays, load_start, make_start, shared_slots
 from shared.campaign import Campaign, make_head, write_campaign
 from shared.config import Scenario
 from shared.datasets import Dataset
-from shared.flower import InlineGrid, UserConfig, round_trip_bytes, run_inline
+from shared.flower import InlineGrid, round_trip_bytes, run_inline
 from shared.model import Base
 from shared.policy import Policy, make_policy
 from shared.progress import progress

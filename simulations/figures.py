@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -38,7 +37,7 @@ def by_round(campaigns: dict[str, list[Round]]) -> tuple[dict[str, Figure], list
             seen["epsilon"].append(f"{campaign}: {_plain(spent[-1])} after round {x[-1]}")
         ways = {"up": [one.bytes_up for one in rounds], "down": [one.bytes_down for one in rounds]}
         for second, (way, sizes) in enumerate(ways.items()):
-            total = [size / 1e6 for size in accumulate(sizes)]
+            total = [size / 1e6 for size in sizes]
             wire.append(_line(f"{campaign}, {way}", x, total, colour=colour, dotted=second > 0))
             seen["wire"].append(f"{campaign}, {way}: {total[-1]:,.1f} MB")
     figures = {
@@ -129,12 +128,12 @@ def _numbers(campaigns: dict[str, list[Round]]) -> str:
         "shared RMSE",
         "personal RMSE",
         "ε so far",
-        "bytes up",
-        "bytes down",
+        "bytes up so far",
+        "bytes down so far",
         "replies",
         "rejected",
     ]
-    return table("Every round: error on the validation rows, ε so far, bytes in this round", head, rows)
+    return table("Every round: error on the validation rows, ε and bytes so far, replies in this round", head, rows)
 
 
 def _line(

@@ -99,7 +99,7 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
         DataError: A key is missing or has a wrong value.
     """
     checked = check_summary(summary)
-    lines = [checked.claim if checked.private else f"{NOT_PRIVATE}. {checked.claim}"]
+    lines = [checked.claim]  # without privacy it begins with NOT PRIVATE
     for row in ("local", "federated", "personal", "personal-linear"):
         if row in checked.rows:
             score = _number(checked.rows[row]["rmse"], digits=3)

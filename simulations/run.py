@@ -137,7 +137,8 @@ def _summarise(
         if a in predictions and b in predictions
     }
     per_user = {name: user_rmse(row, test.target, test.user).tolist() for name, row in predictions.items()}
-    _write_json(out / "user_rmse.json", {"users": [u.user for u in dataset.users], "rows": per_user})
+    scored = [dataset.users[i].user for i in np.unique(test.user)]
+    _write_json(out / "user_rmse.json", {"users": scored, "rows": per_user})
     main = results[0]
     summary: dict[str, Any] = {
         "schema": 1,

