@@ -99,7 +99,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
         DataError: A key is missing or has a wrong value.
     """
     checked = check_summary(summary)
-    lines = [checked.claim]  # without privacy it begins with NOT PRIVATE
+    said = checked.private or checked.claim.startswith(NOT_PRIVATE)
+    lines = [checked.claim if said else f"{NOT_PRIVATE}. {checked.claim}"]
     for row in ("local", "federated", "personal", "personal-linear"):
         if row in checked.rows:
             score = _number(checked.rows[row]["rmse"], digits=3)
