@@ -81,13 +81,15 @@ class Site:
     head: Head
     module: GradSampleModule | Head
     dataset: Dataset
-    texts: TextFeatures
+    row: dict[str, int]  # text -> row of inputs
+    inputs: Features  # of every text, prepared for the head
     busy_s: float = field(default=0.0)  # time spent in the devices' own work, for the cost table
 
     def shared_records(self, device: int) -> tuple[Features, Tensor]:
         """The records one device trains the shared part on: backbone outputs and targets (n,)."""
         records = self.dataset.users[device].fit
-        return self.texts.of(records), torch.tensor([r.target for r in records], dtype=torch.float32)
+        rows = [self.row[record.text] for record in records]
+        return self.inputs.select(rows), torch.tensor([r.target for r in records], dtype=torch.float32)
 
 
 @lru_cache(maxsize=2)
@@ -100,11 +102,13 @@ def open_site(campaign_folder: str) -> Site:
     head = campaign.new_head(base)
     load_start(head, campaign.start)
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    texts = TextFeatures(base, scenario, dataset)
     return Site(
         campaign=campaign,
         base=base,
         head=head,
         module=make_trainable(head, campaign.policy),
         dataset=dataset,
-        texts=TextFeatures(base, scenario, dataset),
+        row=texts.row,
+        inputs=head.prepare(texts.all),
     )

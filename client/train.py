@@ -41,7 +41,7 @@ def train_shared(
     Args:
         module: The head, from ``make_trainable``; its trainable tensors are overwritten.
         start: The shared arrays of the request.
-        features: Backbone outputs of this device's records (n of them, 0 is allowed).
+        features: Prepared backbone outputs of this device's records (n of them, 0 is allowed).
         targets: (n,) float32.
         policy: All constants; nothing is taken from n.
         micro_batch: Tokens per forward pass, padding included; does not change the sum.

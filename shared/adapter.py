@@ -88,11 +88,23 @@ class Head(nn.Module):
             hidden = base.family.run(block, hidden, mask)
         return base.pool(hidden, mask)
 
+    def project(self, pooled: Tensor) -> Tensor:
+        """Pooled features (B, d) -> whitened features and the constant, (B, whitened_features + 1)."""
+        whitened = (pooled - self.mean) @ self.whitening
+        return torch.cat([whitened, self.constant.expand(len(whitened), 1)], dim=1)
+
+    @torch.no_grad()
+    def prepare(self, features: Features) -> Features:
+        """Backbone outputs as ``forward`` takes them; a linear head projects its own here, once: nothing below trains."""
+        if len(self.blocks):
+            return features
+        pooled, _ = features.batch(range(len(features)))  # (n, 1, d)
+        return Features(list(self.project(pooled[:, 0])[:, None, :].numpy()))
+
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Backbone outputs (B, T, d) with mask (B, T) -> predictions (B,)."""
-        whitened = (self.features(hidden, mask) - self.mean) @ self.whitening  # (B, whitened_features)
-        constant = self.constant.expand(len(whitened), 1)
-        prediction: Tensor = self.output(torch.cat([whitened, constant], dim=1))  # (B, 1)
+        """Prepared backbone outputs (B, T, .) with mask (B, T) -> predictions (B,)."""
+        projected = self.project(self.features(hidden, mask)) if len(self.blocks) else hidden[:, 0]
+        prediction: Tensor = self.output(projected)  # (B, 1)
         return self.centre + prediction[:, 0]
 
     def output_layer(self) -> tuple[np.ndarray, float]:

@@ -31,6 +31,8 @@ class Features:
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self._arrays = list(arrays)
         self.lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+        self._even = bool(arrays) and bool((self.lengths == self.lengths[0]).all())
+        self._stacked: np.ndarray | None = None  # all of them as one array, where none needs padding
 
     def __len__(self) -> int:
         return len(self._arrays)
@@ -41,11 +43,14 @@ class Features:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Pad some texts to the longest of them: hidden (B, T, d) float32 and mask (B, T), True at real tokens."""
-        lengths = self.lengths[list(rows)]
+        rows = np.asarray(rows)
+        lengths = self.lengths[rows]
         longest, width = int(lengths.max()), self._arrays[rows[0]].shape[1]
         mask = np.arange(longest)[None, :] < lengths[:, None]
-        if longest == lengths.min():
-            return torch.from_numpy(np.stack([self._arrays[row] for row in rows])), torch.from_numpy(mask)
+        if self._even:
+            if self._stacked is None:
+                self._stacked = np.stack(self._arrays)
+            return torch.from_numpy(self._stacked[rows]), torch.from_numpy(mask)
         hidden = np.zeros((len(rows), longest, width), dtype=np.float32)
         for i, row in enumerate(rows):
             hidden[i, : lengths[i]] = self._arrays[row]

@@ -141,11 +141,12 @@ class _Prepared:
             public_texts=dataset.public_texts,
         )
         self.policy: Policy = policy.model_copy(update={"noise_multiplier": 0.0} if silent else {})
-        self.features = (
+        features = (
             texts.of(records)
             if texts
             else compute_features(base, [r.text for r in records], head_blocks=blocks, max_tokens=64)
         )
+        self.features = self.head.prepare(features)
         self.targets = torch.tensor([r.target for r in records], dtype=torch.float32)
 
     def train(self, module: GradSampleModule | Head, *, steps: int) -> Arrays:

@@ -24,7 +24,7 @@ from shared.datasets import Dataset
 from shared.flower import InlineGrid, round_trip_bytes, run_inline
 from shared.model import Base
 from shared.policy import Policy, make_policy
-from shared.progress import progress
+from shared.progress import progress, track
 from simulations.observe import Observer, rmse
 
 
@@ -87,7 +87,8 @@ def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: b
     linear = scenario.linear_campaign()
     main = "linear" if base.head_blocks(scenario.model.head_blocks) == 0 else "lora"
     wanted = [(main, "", scenario)] + ([("linear", "-linear", linear)] if linear else [])
-    return [_plan(name, suffix, each, base, dataset, quiet=quiet) for name, suffix, each in wanted]
+    steps = track(wanted, description="policies", unit="campaign", quiet=quiet)
+    return [_plan(name, suffix, each, base, dataset, quiet=quiet) for name, suffix, each in steps]
 
 
 def _plan(name: str, suffix: str, scenario: Scenario, base: Base, dataset: Dataset, *, quiet: bool) -> Plan:

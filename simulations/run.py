@@ -24,6 +24,7 @@ from shared.config import Scenario
 from shared.datasets import Dataset
 from shared.errors import ScenarioError
 from shared.metrics import paired_difference, score_row, user_rmse
+from shared.progress import track
 from simulations import baselines
 from simulations.campaigns import Plan, Result, plan_campaigns, run_campaign
 
@@ -67,7 +68,7 @@ def simulate(scenario: Scenario, *, out: Path, command: str = "", quiet: bool = 
     _write_json(out / "scenario.json", scenario.model_dump(mode="json"))
     _write_json(out / "run.json", _describe_run(scenario, command))
     results = [run_campaign(plan, base, dataset, out=out, quiet=quiet) for plan in plans]
-    predictions = _predict_rows(results, scenario, dataset)
+    predictions = _predict_rows(results, scenario, dataset, quiet=quiet)
     from simulations.heads import export_heads  # onnx is slow to import, and not needed before
 
     heads = export_heads(results[0], exported, base, dataset, folder=out / "heads", quiet=quiet)
@@ -79,7 +80,9 @@ def simulate(scenario: Scenario, *, out: Path, command: str = "", quiet: bool = 
     return summary
 
 
-def _predict_rows(results: Sequence[Result], scenario: Scenario, dataset: Dataset) -> dict[str, np.ndarray]:
+def _predict_rows(
+    results: Sequence[Result], scenario: Scenario, dataset: Dataset, *, quiet: bool
+) -> dict[str, np.ndarray]:
     """Test predictions of every row of the table; the only time the test part is read."""
     observer = results[0].observer
     train, test = observer.train, observer.test
@@ -92,7 +95,7 @@ def _predict_rows(results: Sequence[Result], scenario: Scenario, dataset: Datase
         "pooled": baselines.pooled(bare, train, test, ridge=1.0),
         "local": baselines.local(bare, train, test, mean=mean, users=len(dataset.users), scenario=scenario),
     }
-    for result in results:
+    for result in track(results, description="test rows", unit="campaign", quiet=quiet):
         seen = result.observer.predict(result.arrays, known=train, asked=test)
         rows["federated" + result.plan.suffix] = seen.shared
         rows["personal" + result.plan.suffix] = seen.personal

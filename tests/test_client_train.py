@@ -36,6 +36,7 @@ class Setting:
         self.features = compute_features(base, texts, head_blocks=blocks, max_tokens=32)
         self.head = Head(base, blocks=blocks, adapter=ADAPTER, method=method, centre=3.0)
         self.public_start = make_start(self.head, self.features, ridge=0.05, seed=1)
+        self.features = self.head.prepare(self.features)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in shared_parameters(self.head).values():

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from shared.flower import InlineGrid, run_inline
 from simulations.campaigns import plan_campaigns
 from simulations.dry_run import describe, lines
 from simulations.run import simulate
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def read_json(path: Path):
@@ -303,3 +308,40 @@ def test_a_mistake_is_one_line_and_exit_code_two(tiny_world, tmp_path, arguments
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert says in done.stderr
+
+
+def test_an_interrupt_leaves_whole_checkpoints_and_no_summary(tiny_world, tmp_path):
+    scenario, out = tiny_world(tmp_path), tmp_path / "out"
+    many = ["--set", "federation.rounds=3000", "--set", "privacy.max_participations=1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sottovoce.cli", "simulate", str(scenario), "--out", str(out), *many],
+        cwd=Path(__file__).parent.parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = out / "campaigns" / "lora" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not (checkpoints / "round-0005").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.strip().endswith("interrupted; what was finished is kept.")
+    assert not (out / "summary.json").exists()
+    finished = sorted(checkpoints.glob("round-*"))
+    assert load_checkpoint(finished[-1]).round_number == len(finished) >= 5
+
+
+def test_the_python_of_the_readme_runs(run):
+    _, out, _ = run
+    [block] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert "runs/first" in block
+    done = subprocess.run(
+        [sys.executable, "-c", block.replace("runs/first", str(out))],
+        cwd=README.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 1.0 <= float(done.stdout.strip("[]\n ")) <= 5.0
