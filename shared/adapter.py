@@ -95,7 +95,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def prepare(self, features: Features) -> Features:
-        """Backbone outputs as ``forward`` takes them; a linear head projects its own here, once: nothing below trains."""
+        """Backbone outputs as ``forward`` takes them; a linear head projects its own here, once."""
         if len(self.blocks):
             return features
         pooled, _ = features.batch(range(len(features)))  # (n, 1, d)
