@@ -34,6 +34,7 @@ COSTS = {
     "wall_s": "Wall time, s",
     "client_rounds": "Client rounds (clients × rounds)",
     "engine_ms_per_client_round": "Engine time per client round, ms",
+    "device_ms_per_client_round": "Device time per client round, ms",
     "bytes_up_per_client_round": "Bytes up per client round",
     "bytes_down_per_client_round": "Bytes down per client round",
     "peak_rss_mib": "Peak memory, MiB",
