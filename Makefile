@@ -4,6 +4,9 @@ PIP_ARGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := client server shared simulations sottovoce tests
+# pip would compile every file of every package; Python compiles what it imports, once, if it may write it down.
+INSTALL := $(BIN)/python -m pip install --no-compile $(PIP_ARGS)
+export PYTHONDONTWRITEBYTECODE :=
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
@@ -32,9 +35,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.simulate: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[simulate]'
+	$(INSTALL) --editable '.[simulate]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/.simulate

@@ -21,7 +21,7 @@ class PrivateOutput:
 
     def predict(self, features: np.ndarray, shared: np.ndarray) -> np.ndarray:
         """Features (n, d) and shared predictions (n,) -> personal predictions (n,)."""
-        return np.asarray(shared + features.astype(np.float64) @ self.weight + self.bias)
+        return np.asarray(shared + features.astype(np.float64, copy=False) @ self.weight + self.bias)
 
 
 def fit_none(
@@ -53,7 +53,7 @@ def fit_ridge(
     if not count:
         return PrivateOutput(np.zeros(width), 0.0)
     level = float(residuals.sum()) / (count + personal.bias_shrinkage)
-    centred = features.astype(np.float64) - mean
+    centred = features.astype(np.float64, copy=False) - mean
     gram = centred @ centred.T  # (n, n)
     dual = np.linalg.solve(gram + personal.ridge * np.eye(count), residuals - level)
     weight = centred.T @ dual

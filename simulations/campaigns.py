@@ -5,8 +5,10 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from flwr.app.user_config import UserConfig
 
@@ -109,12 +111,17 @@ def _plan(name: str, suffix: str, scenario: Scenario, base: Base, dataset: Datas
 
 
 class _Log:
-    """Writes a line of ``metrics.jsonl`` for every observed round and counts replies."""
+    """Counts replies and writes a line of ``metrics.jsonl`` for every observed round, in a thread of its own.
+
+    The observer stands outside the federation, so nothing waits for it but the end of the campaign.
+    """
 
     def __init__(self, plan: Plan, observer: Observer, grid: InlineGrid, *, devices: int, path: Path) -> None:
         self._plan, self._observer, self._grid, self._devices, self._path = plan, observer, grid, devices, path
         policy = plan.policy
         self._spent = epsilon_by_participation(_mechanism(policy), delta=policy.delta) if policy.delta else None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._written: list[Future[None]] = []
         self.replies = 0
         self.rejected: Counter[str] = Counter()
 
@@ -128,21 +135,34 @@ class _Log:
 
     def observe(self, round_number: int, arrays: Arrays, accepted: int, rejected: Mapping[str, int]) -> None:
         """Evaluate on everybody's validation rows, with private parts fitted on the rows before them."""
-        observer = self._observer
-        seen = observer.predict(arrays, known=observer.fit, asked=observer.validation)
         line = {
             "campaign": self._plan.name,
             "round": round_number,
-            "validation_rmse_federated": rmse(seen.shared, observer.validation.target),
-            "validation_rmse_personal": rmse(seen.personal, observer.validation.target),
             "epsilon": self._epsilon(round_number),
             "bytes_up": self._grid.bytes_up,
             "bytes_down": self._grid.bytes_down,
             "replies": accepted,
             "rejected": dict(rejected),
         }
+        self._written.append(self._thread.submit(self._write, line, arrays))
+
+    def _write(self, line: dict[str, Any], arrays: Arrays) -> None:
+        observer = self._observer
+        seen = observer.predict(arrays, known=observer.fit, asked=observer.validation)
+        line["validation_rmse_federated"] = rmse(seen.shared, observer.validation.target)
+        line["validation_rmse_personal"] = rmse(seen.personal, observer.validation.target)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last line; what went wrong in the observer's thread comes up here."""
+        self._thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for written in self._written:
+                written.result()
 
     def _epsilon(self, round_number: int) -> float | None:
         """Spent so far by the devices that took part most often."""
@@ -162,11 +182,14 @@ def run_campaign(plan: Plan, base: Base, dataset: Dataset, *, out: Path, quiet: 
     run_config: UserConfig = {"campaign": str(campaign.folder)}
     devices, total = len(dataset.users), plan.policy.rounds * plan.policy.cohort_size
     grid = InlineGrid(client_app, devices=devices, run_config=run_config)
-    log = _Log(plan, observer, grid, devices=devices, path=out / "metrics.jsonl")
-    log.observe(0, {slot.name: plan.start[slot.name] for slot in plan.policy.array_slots()}, 0, {})
+    start = {slot.name: plan.start[slot.name] for slot in plan.policy.array_slots()}
     started = time.perf_counter()
-    with progress(total=total, description=f"federation ({plan.name})", unit="device", quiet=quiet) as bar:
+    with (
+        _Log(plan, observer, grid, devices=devices, path=out / "metrics.jsonl") as log,
+        progress(total=total, description=f"federation ({plan.name})", unit="device", quiet=quiet) as bar,
+    ):
         grid.on_reply = lambda: bar.update(1)
+        log.observe(0, start, 0, {})
         run_inline(make_server_app(on_round=log.on_round), grid, run_config=run_config)
     last = load_checkpoint(campaign.folder / "checkpoints" / f"round-{plan.policy.rounds:04d}")
     cost = _cost(grid, site, wall_s=time.perf_counter() - started)

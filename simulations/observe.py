@@ -119,6 +119,7 @@ def predict_personal(
         mean: (d,) public centre of the features.
     """
     fit = PERSONAL_METHODS[personal.method]
+    features = features.astype(np.float64)  # once, not once a user
     predicted = np.empty(len(asked.text))
     for user in range(users):
         have, want = known.of(user), asked.of(user)
