@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +46,7 @@ class Plan:
     start: Arrays
     texts: TextFeatures
 
+    @cached_property
     def claim(self) -> Claim:
         """What the campaign spends, in words and numbers."""
         if self.policy.delta is None:

@@ -26,7 +26,7 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _describe_plan(plan: Plan) -> dict[str, Any]:
-    policy, claim = plan.policy, plan.claim()
+    policy, claim = plan.policy, plan.claim
     down, up = plan.bytes_per_client_round()
     return {
         "claim": claim.sentence(),

@@ -64,7 +64,7 @@ def export_heads(
                 output_weight=(shared_weight + private.weight).astype("float32"),
                 output_bias=shared_bias + private.bias,
                 user=name,
-                privacy={"claim": result.plan.claim().sentence(), "policy_sha256": result.plan.policy.sha256},
+                privacy={"claim": result.plan.claim.sentence(), "policy_sha256": result.plan.policy.sha256},
                 probe_texts=probes,
                 created=datetime.now(UTC),
             )

@@ -146,7 +146,7 @@ def _summarise(
     summary: dict[str, Any] = {
         "schema": 1,
         "scenario": scenario.name,
-        "claim": main.plan.claim().sentence(),
+        "claim": main.plan.claim.sentence(),
         "stamps": ["tuning: not covered"],
         "rows": {name: {metric: asdict(value) for metric, value in row.items()} for name, row in rows.items()},
         "differences": differences,
@@ -174,7 +174,7 @@ def _summarise(
 
 
 def _describe_privacy(plan: Plan) -> dict[str, Any]:
-    claim, policy = plan.claim(), plan.policy
+    claim, policy = plan.claim, plan.policy
     return asdict(claim) | {
         "noise_multiplier": policy.noise_multiplier,
         "clip_norm": policy.clip_norm,
