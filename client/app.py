@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -51,7 +52,8 @@ def _train(message: Message, context: Context) -> RecordDict:
     _spend(context, round_number, policy)
     device = int(context.node_config["partition-id"])
     features, targets = site.shared_records(device)
-    seed = site.campaign.scenario.seed
+    stream = partial(seeded_generator, seed=site.campaign.scenario.seed, device=device, round_number=round_number)
+    name = site.campaign.scenario.name  # so that two campaigns of one seed share no noise
     update = train_shared(
         site.module,
         arrays,
@@ -59,8 +61,8 @@ def _train(message: Message, context: Context) -> RecordDict:
         targets,
         policy=policy,
         micro_batch=site.campaign.scenario.performance.micro_batch,
-        sampling=seeded_generator(seed=seed, purpose="sampling", device=device, round_number=round_number),
-        noise=seeded_generator(seed=seed, purpose="noise", device=device, round_number=round_number),
+        sampling=stream(purpose=f"sampling of {name}"),
+        noise=stream(purpose=f"noise of {name}"),
     )
     site.busy_s += time.perf_counter() - started
     return wire.pack_reply(update, round_number=round_number, policy_sha256=policy.sha256)

@@ -178,7 +178,7 @@ class Scenario(Settings):
             if value is not None:
                 changed.setdefault(table, {})[field] = value
         tables = {t: getattr(self, t).model_copy(update=update) for t, update in changed.items()}
-        return self.model_copy(update=tables)
+        return self.model_copy(update=tables | {"name": f"{self.name}-linear"})
 
 
 _LINEAR_FIELDS = {
