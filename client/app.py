@@ -7,11 +7,11 @@ from functools import partial
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import open_site
+from client.site import accepted_campaign, open_site
 from client.train import train_shared
 from shared import wire
-from shared.adapter import Arrays, check_arrays
-from shared.errors import CampaignError, PrivacyError, RefusedError
+from shared.adapter import Arrays, within_bound
+from shared.errors import PrivacyError, RefusedError
 from shared.noise import seeded_generator
 from shared.policy import Policy
 
@@ -27,14 +27,15 @@ def train(message: Message, context: Context) -> Message:
         content = _train(message, context)
     except RefusedError as refusal:
         content = wire.pack_refusal(refusal.code)
-    except PrivacyError:  # the state to be noised was not finite
-        content = wire.pack_refusal("NOT_FINITE")
+    except PrivacyError:  # the policy does not give the epsilon it states
+        content = wire.pack_refusal("POLICY")
     except Exception as error:
         # An exception's text may quote a record: only its type and place are logged, only a code is sent.
         frame = error.__traceback__
         while frame and frame.tb_next:
             frame = frame.tb_next
         place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "unknown place"
+        open_site.cache_clear()  # the head may hold half a batch's gradients: the next device gets a new one
         _log.error("internal error %s at %s", type(error).__name__, place)
         content = wire.pack_refusal("INTERNAL")
     return Message(content, reply_to=message)
@@ -45,11 +46,12 @@ def _train(message: Message, context: Context) -> RecordDict:
     if context.node_config.get("simulation") is not True:
         # The ledger (P4) and cryptographic noise (P6) are not built yet: a real device refuses to train.
         raise RefusedError("NOT_A_SIMULATION")
-    site = open_site(str(context.run_config["campaign"]))
-    started = time.perf_counter()
-    policy = site.campaign.policy
+    folder = str(context.run_config["campaign"])
+    policy = accepted_campaign(folder).policy
     arrays, round_number = _check(message.content, policy)
     _spend(context, round_number, policy)
+    site = open_site(folder)
+    started = time.perf_counter()
     device = int(context.node_config["partition-id"])
     features, targets = site.shared_records(device)
     stream = partial(seeded_generator, seed=site.campaign.scenario.seed, device=device, round_number=round_number)
@@ -71,17 +73,15 @@ def _train(message: Message, context: Context) -> RecordDict:
 def _check(content: RecordDict, policy: Policy) -> tuple[Arrays, int]:
     """The arrays and round of a request that agrees with the policy this device knows."""
     try:
-        arrays, round_number, policy_sha256 = wire.unpack(content)
-    except (TypeError, ValueError):
-        raise RefusedError("SCHEMA") from None
+        arrays, round_number, policy_sha256 = wire.unpack(content, policy.array_slots())
+    except wire.MalformedError as malformed:
+        raise RefusedError("SCHEMA" if malformed.code == "SCHEMA" else "ARRAYS") from None
     if policy_sha256 != policy.sha256:
         raise RefusedError("POLICY")
     if not 1 <= round_number <= policy.rounds:
         raise RefusedError("ROUND")
-    try:
-        check_arrays(arrays, policy.array_slots())
-    except CampaignError:
-        raise RefusedError("ARRAYS") from None
+    if not within_bound(arrays):
+        raise RefusedError("ARRAYS")
     return arrays, round_number
 
 

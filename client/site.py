@@ -22,6 +22,7 @@ from shared.config import Scenario
 from shared.datasets import Dataset, Record, read
 from shared.features import Features, cached_features
 from shared.model import Base, load_base
+from shared.policy import check_price
 
 
 @lru_cache(maxsize=2)
@@ -92,10 +93,22 @@ class Site:
         return self.inputs.select(rows), torch.tensor([r.target for r in records], dtype=torch.float32)
 
 
+@lru_cache(maxsize=4)
+def accepted_campaign(folder: str) -> Campaign:
+    """A campaign whose stated epsilon this device has certified itself; read once per process.
+
+    Raises:
+        PrivacyError: The policy's constants do not give the epsilon it states.
+    """
+    campaign = read_campaign(Path(folder))
+    check_price(campaign.policy)
+    return campaign
+
+
 @lru_cache(maxsize=2)
 def open_site(campaign_folder: str) -> Site:
     """Load everything a process of devices needs, once."""
-    campaign = read_campaign(Path(campaign_folder))
+    campaign = accepted_campaign(campaign_folder)
     scenario = campaign.scenario
     use_threads(scenario.performance.threads)
     base = resident_base(scenario.model.base)

@@ -12,7 +12,7 @@ from torch import Tensor
 from client.optimizer import OPTIMIZERS
 from shared.adapter import Arrays, Head, load_shared, read_shared, shared_parameters
 from shared.clipping import clip_by_norm
-from shared.errors import RefusedError
+from shared.errors import PrivacyError, RefusedError
 from shared.features import Features
 from shared.policy import Policy
 
@@ -69,12 +69,13 @@ def train_shared(
                 loss = 0.5 * (errors * errors).sum()  # a sum of per-sample losses: none touches another's gradient
                 loss.backward()
                 optimizer.accumulate()
-            optimizer.step()
+            try:
+                optimizer.step()
+            except PrivacyError:
+                raise RefusedError("NOT_FINITE") from None
     update = {name: after - start[name] for name, after in read_shared(head).items()}
     if not all(np.isfinite(change).all() for change in update.values()):
         raise RefusedError("NOT_FINITE")
-    if policy.max_update_norm is None:
-        return update
     return clip_by_norm(update, clip_norm=policy.max_update_norm)[0]
 
 

@@ -28,34 +28,21 @@ def check_reply(message: Message, *, policy: Policy, policy_sha256: str, round_n
         round_number: The round being collected.
 
     Raises:
-        RejectedReply: With the device's own refusal code, or ``SCHEMA``, ``ROUND``, ``POLICY``, ``KEYS``, ``DTYPE``,
-            ``SHAPE``, ``NOT_FINITE``, ``NORM``.
+        RejectedReply: With the device's own refusal code, or ``SCHEMA``, ``KEYS``, ``ARRAY``, ``NOT_FINITE``,
+            ``ROUND``, ``POLICY``, ``NORM``.
     """
     refusal = wire.refusal_code(message)
     if refusal is not None:
         raise RejectedReply(refusal)
-    limit = sum(4 * int(np.prod(slot.shape)) + 1024 for slot in policy.array_slots())
     try:
-        if wire.array_bytes(message.content) > limit:
-            raise RejectedReply("SIZE")
-        update, replied_round, replied_policy = wire.unpack(message.content)
-    except (TypeError, ValueError, EOFError):
-        raise RejectedReply("SCHEMA") from None
+        update, replied_round, replied_policy = wire.unpack(message.content, policy.array_slots())
+    except wire.MalformedError as malformed:
+        raise RejectedReply(malformed.code) from None
     if replied_round != round_number:
         raise RejectedReply("ROUND")
     if replied_policy != policy_sha256:
         raise RejectedReply("POLICY")
-    slots = policy.array_slots()
-    if list(update) != [slot.name for slot in slots]:
-        raise RejectedReply("KEYS")
-    for slot in slots:
-        if update[slot.name].dtype != np.dtype(slot.dtype):
-            raise RejectedReply("DTYPE")
-        if update[slot.name].shape != slot.shape:
-            raise RejectedReply("SHAPE")
-        if not np.isfinite(update[slot.name]).all():
-            raise RejectedReply("NOT_FINITE")
     norm = float(np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in update.values())))
-    if policy.max_update_norm is not None and not norm <= policy.max_update_norm * _ROUNDING:
+    if not norm <= policy.max_update_norm * _ROUNDING:
         raise RejectedReply("NORM")
     return update

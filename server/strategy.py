@@ -12,6 +12,7 @@ from server.aggregate import SERVER_OPTIMIZERS, mean_update
 from server.checkpoint import Checkpoint
 from server.gate import RejectedReply, check_reply
 from shared import wire
+from shared.adapter import MAX_ABS_VALUE, within_bound
 from shared.campaign import Campaign
 from shared.errors import CampaignError
 
@@ -94,6 +95,11 @@ class EqualWeights(Strategy):
         arrays, optimizer = SERVER_OPTIMIZERS[federation.server_optimizer](
             self.checkpoint.arrays, self.checkpoint.optimizer, mean, federation
         )
+        if not within_bound(arrays):
+            raise CampaignError(
+                f"the shared arrays must stay finite and within {MAX_ABS_VALUE:g} after round {server_round}; training "
+                "diverged or a device sent poison. Lower the learning rates; the last checkpoint is kept."
+            )
         counts = dict(self.checkpoint.participations)
         counts.update({node: counts.get(node, 0) + 1 for node in self._cohort})
         self.checkpoint = Checkpoint(server_round, self._policy_sha256, arrays, optimizer, counts)

@@ -32,6 +32,9 @@ SHARED_PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
+MAX_ABS_VALUE = 1e3  # of a shared tensor; trained ones stay below 10
+
+
 @dataclass(frozen=True)
 class Slot:
     """One trainable tensor: its name on the wire, shape, dtype and who may see it."""
@@ -183,6 +186,15 @@ def load_shared(head: Head, arrays: Mapping[str, np.ndarray]) -> None:
     with torch.no_grad():
         for name, parameter in shared_parameters(head).items():
             parameter.copy_(torch.from_numpy(np.array(arrays[name])))
+
+
+def within_bound(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether every value is finite and at most ``MAX_ABS_VALUE`` in size.
+
+    A server that sends huge values can make predictions pure rounding error; which error depends on who shares a batch,
+    and then one record moves other records' gradients, past the clipping bound. Far below, rounding stays rounding.
+    """
+    return all(bool((np.abs(array) <= MAX_ABS_VALUE).all()) for array in arrays.values())  # NaN fails
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], slots: Sequence[Slot]) -> None:

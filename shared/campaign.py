@@ -14,7 +14,7 @@ from shared.adapter import Arrays, Head
 from shared.config import Scenario, load_scenario
 from shared.errors import CampaignError
 from shared.model import Base
-from shared.policy import Policy, hash_arrays, read_policy
+from shared.policy import Policy, hash_arrays, hash_head, read_policy
 
 
 @dataclass(frozen=True)
@@ -74,4 +74,7 @@ def read_campaign(folder: Path) -> Campaign:
     start = dict(sorted(arrays.items()))
     if hash_arrays(start) != policy.start_sha256:
         raise CampaignError(f"{folder}/start.safetensors must be the start the policy names; it was altered.")
-    return Campaign(folder, load_scenario(folder / "scenario.json"), policy, start)
+    scenario = load_scenario(folder / "scenario.json")
+    if hash_head(scenario) != policy.head_sha256:
+        raise CampaignError(f"{folder}/scenario.json must describe the head the policy names; it was altered.")
+    return Campaign(folder, scenario, policy, start)

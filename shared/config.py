@@ -65,7 +65,7 @@ class AdapterConfig(Settings):
     rank: Count = 4
     scaling: Positive = 2.0  # LoRA's alpha / rank: how far one unit of B moves a layer
     targets: tuple[str, ...] = ("output.dense",)  # the top layer: nothing below it needs a backward pass
-    whitened_features: Count = 256  # leading directions of the public texts' features (research: d = 128..256)
+    whitened_features: Count = 384  # leading directions of the public texts' features; at most all
     whitening_ridge: NonNegative = 0.02  # share of the largest eigenvalue added to every one
     constant_feature: Positive = 0.7  # the output's bias, as a feature of the same size as the others
 

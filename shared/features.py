@@ -144,11 +144,10 @@ def _open_shards(folder: Path) -> dict[str, np.ndarray]:
             index = json.loads(index_file.read_text())
             if hashlib.sha256(matrix_file.read_bytes()).hexdigest() != index["sha256"]:
                 continue
-        except (OSError, ValueError, KeyError):
+            keys, ends = index["keys"], index["ends"]
+            spans = list(zip(keys, [0, *ends[:-1]], ends, strict=True))
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         matrix = np.load(matrix_file, mmap_mode="r").view(np.ndarray)  # mapped still, but slicing is ten times faster
-        starts = [0, *index["ends"][:-1]]
-        known.update(
-            (key, matrix[start:end]) for key, start, end in zip(index["keys"], starts, index["ends"], strict=True)
-        )
+        known.update((key, matrix[start:end]) for key, start, end in spans)
     return known

@@ -131,8 +131,8 @@ class Base:
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
-            weights = mask.to(hidden.dtype)[:, :, None]
-            pooled = (hidden * weights).sum(1) / weights.sum(1)
+            # filled, not multiplied by zero: a NaN in the padding of one text must not reach its neighbours
+            pooled = hidden.masked_fill(~mask[:, :, None], 0.0).sum(1) / mask.sum(1, keepdim=True)
         return F.normalize(pooled, dim=1) if self.normalize else pooled
 
 

@@ -6,11 +6,12 @@ in a message. Nothing in it depends on any user's data (rule P2).
 
 import hashlib
 import json
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from shared.accounting import calibrate_noise
+from shared.accounting import Mechanism, calibrate_noise, epsilon
 from shared.adapter import SHARED_PARTS, Arrays, Slot
 from shared.config import Scenario
 from shared.errors import CampaignError, PrivacyError
@@ -18,7 +19,8 @@ from shared.errors import CampaignError, PrivacyError
 PROTOCOL = 1
 # Where a device's contribution is cut even after noise, so that the gate has a public bound: no device is expected to
 # hold more records than this, and one that does only sees its (already private) update scaled down.
-_RECORDS_BOUND = 10_000
+_RECORDS_BOUND = 2_000
+_UNCLIPPED_GRADIENT = 100.0  # a generous bound on one record's gradient under trust ``none``
 _NOISE_TAIL = 6.0  # standard deviations the noise's norm may lie above sqrt(parameters)
 
 
@@ -31,7 +33,7 @@ class Policy(BaseModel):
         steps: Noisy steps per round, exactly this many.
         denominator: What the clipped, noised sum is divided by; never a count of records.
         max_participations: Rounds a device may join in the whole campaign.
-        max_update_norm: L2 bound on what a device sends; None under trust ``none``.
+        max_update_norm: L2 bound on what a device sends.
         slots: The tensors that may travel: (name, shape), float32, in this order, and nothing else.
     """
 
@@ -49,13 +51,14 @@ class Policy(BaseModel):
     steps: int
     denominator: float
     max_participations: int
-    max_update_norm: float | None
+    max_update_norm: float
     learning_rate: float
     rounds: int
     cohort_size: int
     federation_method: str
     personal_method: str
     head_blocks: int
+    head_sha256: str
     base_sha256: str
     start_sha256: str
     public_texts_sha256: str
@@ -107,7 +110,6 @@ def make_policy(
         )
     private = privacy.trust != "none"
     noise_multiplier = 0.0
-    max_update_norm = None
     if private:
         if privacy.delta > 1 / (10 * clients):
             raise PrivacyError(
@@ -121,10 +123,9 @@ def make_policy(
             steps=training.steps,
             max_participations=privacy.max_participations,
         )
-        size = sum(_size(slot) for slot in slots)
-        noise_bound = noise_multiplier * (size**0.5 + _NOISE_TAIL)
-        step = training.learning_rate * privacy.clip_norm / privacy.denominator
-        max_update_norm = step * training.steps * (_RECORDS_BOUND + noise_bound)
+    size = sum(math.prod(slot.shape) for slot in slots)
+    per_record = privacy.clip_norm if private else _UNCLIPPED_GRADIENT
+    bound = per_record * (_RECORDS_BOUND + noise_multiplier * (size**0.5 + _NOISE_TAIL))
     return Policy(
         protocol=PROTOCOL,
         trust=privacy.trust,
@@ -138,13 +139,14 @@ def make_policy(
         steps=training.steps,
         denominator=privacy.denominator,
         max_participations=privacy.max_participations,
-        max_update_norm=max_update_norm,
+        max_update_norm=training.learning_rate * training.steps * bound / privacy.denominator,
         learning_rate=training.learning_rate,
         rounds=federation.rounds,
         cohort_size=cohort_size,
         federation_method=federation.method,
         personal_method=scenario.personal.method,
         head_blocks=head_blocks,
+        head_sha256=hash_head(scenario),
         base_sha256=base_sha256,
         start_sha256=hash_arrays(start),
         public_texts_sha256=hashlib.sha256("\0".join(public_texts).encode()).hexdigest(),
@@ -179,6 +181,37 @@ def hash_arrays(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
+def hash_head(scenario: Scenario) -> str:
+    """Hash over the settings that shape the head and its input, which a policy fixes too."""
+    settings = [scenario.task, scenario.adapter]
+    text = json.dumps([scenario.model.max_tokens, *(table.model_dump(mode="json") for table in settings)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_price(policy: Policy) -> None:
+    """Certify that a policy's constants give the epsilon it states; a device does this before it takes part.
+
+    Raises:
+        PrivacyError: They do not, or an impossible constant stands among them.
+    """
+    if policy.trust == "none":
+        return
+    if policy.epsilon is None or policy.delta is None or policy.clip_norm is None or not policy.clip_norm > 0:
+        raise PrivacyError("a policy of trust 'local' must state epsilon, delta and clip_norm; do not take part.")
+    mechanism = Mechanism(
+        noise_multiplier=policy.noise_multiplier,
+        sampling_rate=policy.sampling_rate,
+        steps=policy.steps,
+        max_participations=policy.max_participations,
+    )
+    price = epsilon(mechanism, delta=policy.delta)
+    if not price <= policy.epsilon:
+        raise PrivacyError(
+            f"a policy's constants must give the epsilon it states, {policy.epsilon:g}; they give {price:.3g}; "
+            "do not take part."
+        )
+
+
 def read_policy(text: str) -> Policy:
     """Read a policy from JSON.
 
@@ -192,10 +225,3 @@ def read_policy(text: str) -> Policy:
     if policy.protocol != PROTOCOL:
         raise CampaignError(f"the policy must be of protocol {PROTOCOL}, got {policy.protocol}; update Sottovoce.")
     return policy
-
-
-def _size(slot: Slot) -> int:
-    size = 1
-    for extent in slot.shape:
-        size *= extent
-    return size

@@ -4,12 +4,14 @@ A request carries the shared arrays, the round and the policy's hash. A reply ca
 arrays and echoes round and policy. No counts, no losses, no free text (rule P2).
 """
 
-from collections.abc import Mapping
+import io
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from shared.adapter import Arrays
+from shared.adapter import Arrays, Slot
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -21,7 +23,7 @@ REFUSALS = (
     "SCHEMA",  # a field is missing, unknown or of the wrong type
     "POLICY",  # the request names another policy
     "ROUND",  # the round is outside the campaign, or not after the last one taken part in
-    "ARRAYS",  # names, shapes, dtypes or values of the arrays
+    "ARRAYS",  # names, shapes, bytes or values of the arrays
     "BUDGET",  # max_participations is spent
     "NOT_FINITE",  # the noised state holds NaN or infinity
     "INTERNAL",  # anything else
@@ -45,28 +47,55 @@ def pack_refusal(code: str) -> RecordDict:
     return RecordDict({REFUSAL: ConfigRecord({"code": code})})
 
 
-def unpack(content: RecordDict) -> tuple[dict[str, np.ndarray], int, str]:
+class MalformedError(ValueError):
+    """A message that is not exactly what the policy allows; ``code`` says in what."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def unpack(content: RecordDict, slots: Sequence[Slot]) -> tuple[Arrays, int, str]:
     """Arrays, round and policy hash of a request or a reply.
 
+    Nothing a sender wrote is interpreted: an array must be, byte for byte, the header its slot implies and the right
+    number of values after it, so that no claimed shape allocates memory and no other format is opened.
+
+    Args:
+        content: Anything.
+        slots: The arrays the message must hold, in this order.
+
     Raises:
-        ValueError: A record or field is missing, unknown or of the wrong type, or an array is not a plain one.
+        MalformedError: ``SCHEMA`` (records or fields), ``KEYS`` (names or order), ``ARRAY`` (type, shape or bytes),
+            ``NOT_FINITE``.
     """
     if set(content) != {ARRAYS, CONFIG}:
-        raise ValueError(f"a message must hold {ARRAYS} and {CONFIG}, got {sorted(content)}.")
+        raise MalformedError("SCHEMA")
     record, config = content[ARRAYS], content[CONFIG]
     if not isinstance(record, ArrayRecord) or not isinstance(config, ConfigRecord):
-        raise ValueError("the records of a message must be one of arrays and one of settings.")
-    if set(config) != {"round", "policy"}:
-        raise ValueError(f"a message must name round and policy, got {sorted(config)}.")
-    round_number, policy = config["round"], config["policy"]
-    if type(round_number) is not int or type(policy) is not str:
-        raise ValueError("round must be a whole number and policy a string.")
-    return {name: array.numpy() for name, array in record.items()}, round_number, policy
+        raise MalformedError("SCHEMA")
+    round_number, policy = config.get("round"), config.get("policy")
+    if set(config) != {"round", "policy"} or type(round_number) is not int or type(policy) is not str:
+        raise MalformedError("SCHEMA")
+    if list(record) != [slot.name for slot in slots]:
+        raise MalformedError("KEYS")
+    arrays = {slot.name: _read(record[slot.name], slot) for slot in slots}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise MalformedError("NOT_FINITE")
+    return arrays, round_number, policy
 
 
-def array_bytes(content: RecordDict) -> int:
-    """Bytes of all arrays of a message as they travelled, before anything is decoded."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+def _read(array: Array, slot: Slot) -> np.ndarray:
+    """The values of one array whose bytes are those of its slot and nothing else."""
+    dtype = np.dtype(slot.dtype).newbyteorder("<")
+    buffer = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": slot.shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    start, size = buffer.getvalue(), math.prod(slot.shape) * dtype.itemsize
+    data = array.data
+    if array.stype != "numpy.ndarray" or len(data) != len(start) + size or not data.startswith(start):
+        raise MalformedError("ARRAY")
+    return np.frombuffer(data, dtype, offset=len(start)).reshape(slot.shape).astype(slot.dtype)
 
 
 def refusal_code(message: Message) -> str | None:

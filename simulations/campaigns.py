@@ -51,7 +51,7 @@ class Plan:
         """What the campaign spends, in words and numbers."""
         if self.policy.delta is None:
             return no_claim(max_participations=self.policy.max_participations)
-        return record_claim(_mechanism(self.policy), delta=self.policy.delta)
+        return record_claim(mechanism_of(self.policy), delta=self.policy.delta)
 
     def bytes_per_client_round(self) -> tuple[int, int]:
         """Bytes a device receives and sends in one round."""
@@ -60,7 +60,8 @@ class Plan:
         return round_trip_bytes(content, content)
 
 
-def _mechanism(policy: Policy) -> Mechanism:
+def mechanism_of(policy: Policy) -> Mechanism:
+    """What one device releases under a policy."""
     return Mechanism(
         noise_multiplier=policy.noise_multiplier,
         sampling_rate=policy.sampling_rate,
@@ -121,7 +122,7 @@ class _Log:
     def __init__(self, plan: Plan, observer: Observer, grid: InlineGrid, *, devices: int, path: Path) -> None:
         self._plan, self._observer, self._grid, self._devices, self._path = plan, observer, grid, devices, path
         policy = plan.policy
-        self._spent = epsilon_by_participation(_mechanism(policy), delta=policy.delta) if policy.delta else None
+        self._spent = epsilon_by_participation(mechanism_of(policy), delta=policy.delta) if policy.delta else None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._written: list[Future[None]] = []
         self.replies = 0

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from client.site import resident_base, resident_dataset, use_threads
+from shared.accounting import epsilon_together
 from shared.adapter import load_start, pooled_features
 from shared.config import Scenario
 from shared.datasets import Dataset
@@ -26,7 +27,7 @@ from shared.errors import ScenarioError
 from shared.metrics import paired_difference, score_row, user_rmse
 from shared.progress import track
 from simulations import baselines
-from simulations.campaigns import Plan, Result, plan_campaigns, run_campaign
+from simulations.campaigns import Plan, Result, mechanism_of, plan_campaigns, run_campaign
 
 VERSIONS = (
     "sottovoce",
@@ -147,7 +148,7 @@ def _summarise(
         "schema": 1,
         "scenario": scenario.name,
         "claim": main.plan.claim.sentence(),
-        "stamps": ["tuning: not covered"],
+        "stamps": ["tuning: not covered", *_price_together(results)],
         "rows": {name: {metric: asdict(value) for metric, value in row.items()} for name, row in rows.items()},
         "differences": differences,
         "federation": {
@@ -171,6 +172,16 @@ def _summarise(
         summary[f"cost{result.plan.suffix.replace('-', '_')}"] = result.cost
     summary["cost"] = main.cost | {"wall_s": time.perf_counter() - started}
     return summary
+
+
+def _price_together(results: Sequence[Result]) -> list[str]:
+    """Each campaign's claim is its own; whoever ran all of them on the same records would have spent more."""
+    policies = [result.plan.policy for result in results]
+    if len(policies) < 2 or policies[0].delta is None:
+        return []
+    both = epsilon_together([mechanism_of(policy) for policy in policies], delta=policies[0].delta)
+    names = " and ".join(result.plan.name for result in results)
+    return [f"each campaign is priced alone; {names} on the same records would together spend ε = {both:.2f}"]
 
 
 def _describe_privacy(plan: Plan) -> dict[str, Any]:

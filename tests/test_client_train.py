@@ -8,7 +8,7 @@ import torch
 from client.train import make_trainable, train_shared
 from shared.adapter import Head, load_start, make_start, read_shared, shared_parameters, shared_slots
 from shared.config import AdapterConfig
-from shared.errors import PrivacyError
+from shared.errors import RefusedError
 from shared.features import Features, compute_features
 from shared.noise import seeded_generator
 from shared.policy import Policy
@@ -22,7 +22,7 @@ def make_policy(head, **changes):
         "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 0.0, "sampling_rate": 1.0, "steps": 1,
         "denominator": 4.0, "max_participations": 5, "max_update_norm": 1e9, "learning_rate": 0.7, "rounds": 5,
         "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "fine-tune", "head_blocks": 1,
-        "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
+        "head_sha256": "h", "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
         "slots": tuple((slot.name, slot.shape) for slot in shared_slots(head)),
     }  # fmt: skip
     return Policy(**(settings | changes))
@@ -177,7 +177,7 @@ def test_a_record_with_a_nan_contributes_nothing(setting):
 
 
 def test_an_infinite_noise_stops_the_device(setting):
-    with pytest.raises(PrivacyError):
+    with pytest.raises(RefusedError, match="NOT_FINITE"):
         setting.update(setting.policy(noise_multiplier=1e300))
 
 
@@ -187,7 +187,7 @@ def test_what_is_sent_is_cut_at_the_public_bound(setting):
 
 
 def test_without_privacy_the_step_is_the_plain_summed_gradient(setting):
-    policy = setting.policy(trust="none", clip_norm=None, max_update_norm=None, epsilon=None, delta=None)
+    policy = setting.policy(trust="none", clip_norm=None, epsilon=None, delta=None)
     wanted = [-(0.7 / 4.0) * g.sum(0).numpy() for g in setting.gradients_one_by_one()]
     for array, reference in zip(setting.update(policy).values(), wanted, strict=True):
         np.testing.assert_allclose(array, reference, rtol=1e-4, atol=2e-6)

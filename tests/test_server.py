@@ -1,5 +1,7 @@
 """The coordinator: gate, mean, optimisers and checkpoints, each against a case worked out by hand."""
 
+import io
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -17,7 +19,7 @@ POLICY = Policy(
     protocol=1, trust="local", unit="record", relation="add-or-remove-one", epsilon=8.0, delta=1e-5, clip_norm=1.0,
     noise_multiplier=1.0, sampling_rate=1.0, steps=1, denominator=4.0, max_participations=5, max_update_norm=10.0,
     learning_rate=1.0, rounds=5, cohort_size=2, federation_method="ffa-lora", personal_method="none", head_blocks=0,
-    base_sha256="b", start_sha256="s", public_texts_sha256="p", slots=(("a", (2,)), ("b", (1, 2))),
+    head_sha256="h", base_sha256="b", start_sha256="s", public_texts_sha256="p", slots=(("a", (2,)), ("b", (1, 2))),
 )  # fmt: skip
 GOOD = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[3.0, 4.0]], np.float32)}
 
@@ -53,6 +55,43 @@ def arrays_record(**changes):
     return ArrayRecord({name: Array(array) for name, array in (GOOD | changes).items()})
 
 
+def with_bytes(data, *, stype="numpy.ndarray"):
+    return ArrayRecord({"a": Array("float32", (2,), stype, data), "b": Array(GOOD["b"])})
+
+
+def header(shape):
+    """A .npy header that claims a shape, with eight bytes of values after it."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + bytes(8)
+
+
+def npz():
+    buffer = io.BytesIO()
+    np.savez(buffer, a=GOOD["a"])
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "no array at all": b"garbage",
+    "nothing": b"",
+    "the start of a zip file": b"PK\x03\x04",
+    "a .npz archive": npz(),
+    "a shape of terabytes": header((10**13,)),
+    "a shape beyond any integer": header((0, 10**30)),
+    "a broken header": b"\x93NUMPY\x01\x00\x06\x00{'desc",
+    "another byte order": header((2,)).replace(b"<f4", b">f4"),
+    "one byte more": header((2,)) + b"x",
+    "one byte less": header((2,))[:-1],
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_bytes_of_a_reply_are_compared_and_never_interpreted(data):
+    with pytest.raises(RejectedReply, match="ARRAY"):
+        check(reply_with(RecordDict({"arrays": with_bytes(data), "config": config()})))
+
+
 BAD = {
     "SCHEMA: nothing": (RecordDict(), "SCHEMA"),
     "SCHEMA: one record more": (
@@ -62,15 +101,15 @@ BAD = {
     "SCHEMA: one field more": (RecordDict({"arrays": arrays_record(), "config": config(count=3)}), "SCHEMA"),
     "SCHEMA: a round as text": (RecordDict({"arrays": arrays_record(), "config": config(round="3")}), "SCHEMA"),
     "SCHEMA: records swapped": (RecordDict({"arrays": config(), "config": arrays_record()}), "SCHEMA"),
-    "SCHEMA: bytes that are no array": (
+    "KEYS: one, and no array": (
         RecordDict(
             {"arrays": ArrayRecord({"a": Array("float32", (2,), "numpy.ndarray", b"garbage")}), "config": config()}
         ),
-        "SCHEMA",
+        "KEYS",
     ),
-    "SCHEMA: another serialisation": (
-        RecordDict({"arrays": ArrayRecord({"a": Array("float32", (2,), "pickle", b"x")}), "config": config()}),
-        "SCHEMA",
+    "ARRAY: another serialisation": (
+        RecordDict({"arrays": with_bytes(b"x", stype="pickle"), "config": config()}),
+        "ARRAY",
     ),
     "ROUND": (RecordDict({"arrays": arrays_record(), "config": config(round=2)}), "ROUND"),
     "POLICY": (RecordDict({"arrays": arrays_record(), "config": config(policy="0" * 64)}), "POLICY"),
@@ -80,10 +119,10 @@ BAD = {
         RecordDict({"arrays": ArrayRecord({n: Array(GOOD[n]) for n in ("b", "a")}), "config": config()}),
         "KEYS",
     ),
-    "DTYPE": (RecordDict({"arrays": arrays_record(a=np.array([1.0, 2.0])), "config": config()}), "DTYPE"),
-    "SHAPE: broadcasts": (
+    "ARRAY: dtype": (RecordDict({"arrays": arrays_record(a=np.array([1.0, 2.0])), "config": config()}), "ARRAY"),
+    "ARRAY: broadcasts": (
         RecordDict({"arrays": arrays_record(b=np.zeros((2,), np.float32)), "config": config()}),
-        "SHAPE",
+        "ARRAY",
     ),
     "NOT_FINITE: NaN": (
         RecordDict({"arrays": arrays_record(a=np.array([1, np.nan], np.float32)), "config": config()}),
@@ -94,7 +133,10 @@ BAD = {
         "NOT_FINITE",
     ),
     "NORM": (RecordDict({"arrays": arrays_record(a=np.array([8, 8], np.float32)), "config": config()}), "NORM"),
-    "SIZE": (RecordDict({"arrays": arrays_record(a=np.zeros(100_000, np.float32)), "config": config()}), "SIZE"),
+    "ARRAY: too long": (
+        RecordDict({"arrays": arrays_record(a=np.zeros(100_000, np.float32)), "config": config()}),
+        "ARRAY",
+    ),
     "its own refusal": (wire.pack_refusal("BUDGET"), "BUDGET"),
     "a refusal with text of its own": (
         RecordDict({"refusal": ConfigRecord({"code": "my diary says"})}),

@@ -26,7 +26,7 @@ NAN = math.nan
 CLAIM = Claim(
     trust="local",
     unit="record",
-    relation="one record added or removed",
+    relation="one training record added or removed",
     epsilon=7.99,
     delta=1e-5,
     sampling="none, every record enters every step (1 per round)",
@@ -242,7 +242,7 @@ def test_prices_refuse_impossible_arguments():
 
 def test_sentence_names_everything():
     assert CLAIM.sentence() == (
-        "Record-level (epsilon = 7.99, delta = 1e-05)-differential privacy, neighbours: one record added or "
+        "Record-level (epsilon = 7.99, delta = 1e-05)-differential privacy, neighbours: one training record added or "
         "removed; trust: nobody (local noise on each device); sampling: none, every record enters every step "
         "(1 per round); accountant: dp-accounting 0.6.0, privacy loss distributions; rounds per device: at most "
         "20; noise: this is what a deployment with these settings would spend; this simulation's noise is "

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from client.app import app as client_app
-from client.site import open_site, resident_base, resident_dataset
+from client.optimizer import PolicyOptimizer
+from client.site import accepted_campaign, open_site, resident_base, resident_dataset
 from server.app import make_server_app
 from server.checkpoint import load_checkpoint
 from shared import wire
@@ -121,9 +123,9 @@ class Faulty:
 
 
 def poison(content):
-    arrays, round_number, policy = wire.unpack(content)
-    arrays = {name: np.full_like(array, np.nan) for name, array in arrays.items()}
-    return wire.pack_reply(arrays, round_number=round_number, policy_sha256=policy)
+    arrays = {name: np.full_like(array.numpy(), np.nan) for name, array in content["arrays"].items()}
+    config = content["config"]
+    return wire.pack_reply(arrays, round_number=config["round"], policy_sha256=config["policy"])
 
 
 def test_a_bad_reply_loses_that_device_and_not_the_round(campaign):
@@ -149,11 +151,19 @@ def answer(campaign, *, device=0, node_config=None, context=None, **changes):
     if node_config is not None:
         grid._contexts[1000 + device].node_config.clear()
         grid._contexts[1000 + device].node_config.update(node_config)
-    from flwr.app import Message
-
     message = Message(wire.pack_request(arrays, **(request | changes)), dst_node_id=1000 + device, message_type="train")
     [reply] = grid.send_and_receive([message])
     return wire.refusal_code(reply), grid
+
+
+def update_of(campaign, *, device):
+    """Code and arrays of one device's answer to the first round."""
+    grid = InlineGrid(client_app, devices=12, run_config={"campaign": str(campaign.folder)})
+    arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
+    request = wire.pack_request(arrays, round_number=1, policy_sha256=campaign.policy.sha256)
+    [reply] = grid.send_and_receive([Message(request, dst_node_id=1000 + device, message_type="train")])
+    code = wire.refusal_code(reply)
+    return code, None if code else wire.unpack(reply.content, campaign.policy.array_slots())[0]
 
 
 def test_a_device_refuses_what_the_policy_does_not_say(campaign):
@@ -166,6 +176,8 @@ def test_a_device_refuses_what_the_policy_does_not_say(campaign):
     assert answer(published, round_number=published.policy.rounds + 1)[0] == "ROUND"
     assert answer(published, arrays=nan)[0] == "ARRAYS"
     assert answer(published, arrays=dict(list(good.items())[1:]))[0] == "ARRAYS"
+    huge = {name: np.full_like(array, 1e6) for name, array in good.items()}
+    assert answer(published, arrays=huge)[0] == "ARRAYS"  # predictions would be rounding error, see within_bound
 
 
 def test_a_device_takes_part_no_more_often_than_it_paid_for(campaign):
@@ -194,6 +206,48 @@ def test_what_goes_wrong_on_a_device_leaves_it_as_a_code_without_its_text(campai
     assert answer(published)[0] == "INTERNAL"
     assert secret not in caplog.text
     assert "RuntimeError" in caplog.text
+
+
+def test_an_exception_on_one_device_leaves_nothing_for_the_next(campaign, monkeypatch):
+    """Half a batch's gradients in the resident head would be another device's records in the next release."""
+    published = campaign()
+    _, clean = update_of(published, device=1)
+    real, calls = PolicyOptimizer.accumulate, []
+
+    def fail_once(optimizer):
+        calls.append(optimizer)
+        if len(calls) == 1:
+            raise MemoryError
+        real(optimizer)
+
+    monkeypatch.setattr(PolicyOptimizer, "accumulate", fail_once)
+    assert update_of(published, device=0)[0] == "INTERNAL"
+    code, after = update_of(published, device=1)
+    assert code is None
+    for name, array in after.items():
+        np.testing.assert_array_equal(array, clean[name])
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise_multiplier": 0.1}, {"steps": 3}, {"max_participations": 9}, {"epsilon": 1.0}, {"steps": 0}]
+)
+def test_a_device_certifies_the_price_itself(campaign, change):
+    """Whoever publishes a policy may state any epsilon; the constants decide."""
+    published = campaign(name="cheap" + str(change).translate({ord(c): None for c in "{}':. "}))
+    policy = published.policy.model_copy(update=change)
+    (published.folder / "policy.json").write_text(policy.model_dump_json(), encoding="utf-8")
+    assert answer(published, policy_sha256=policy.sha256)[0] == "POLICY"
+    with pytest.raises(PrivacyError, match=r"must give the epsilon|must be"):
+        accepted_campaign(str(published.folder))
+
+
+def test_nothing_is_read_before_the_round_is_spent(campaign, monkeypatch):
+    published = campaign()
+    order = []
+    monkeypatch.setattr("client.app._spend", lambda *_: order.append("spend"))
+    monkeypatch.setattr("client.app.open_site", lambda folder: order.append("read") or open_site(folder))
+    answer(published)
+    assert order == ["spend", "read"]
 
 
 def test_the_update_does_not_depend_on_anything_but_start_records_and_policy(campaign):
