@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _PREDICT_EXAMPLE = """\
 example:
-  sottovoce client predict --head runs/latest/heads/1 --text "Fargo (1996). Crime, Drama, Thriller"
+  sottovoce client predict --head runs/latest/heads/user-1 --text "Fargo (1996). Crime, Drama, Thriller"
 
 A head folder holds one user's adapter; the base it was exported for lies beside it in a folder named base, or
 where --base says. Everything is checked before the first prediction: a damaged file, or one that belongs to
@@ -46,9 +46,11 @@ def predict(args: argparse.Namespace) -> int:
     Raises:
         HeadError: No text was given, the file of texts is unreadable, or the head cannot be used.
     """
-    texts = [*args.text, *_read_lines(args.file)]
+    texts = [text.strip() for text in (*args.text, *_read_lines(args.file)) if text.strip()]
     if not texts:
         raise HeadError("at least one text must be given, got none; add --text TEXT or --file TXT.")
+    if any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text):
+        raise HeadError("a text must be UTF-8, got bytes that are not; check the terminal's encoding.")
     from client.runtime import open_head  # loads onnxruntime, which no other command needs
 
     head = open_head(args.head, base=args.base)
@@ -63,12 +65,12 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def _read_lines(path: Path | None) -> Sequence[str]:
-    """The file's lines that are not blank."""
+    """The file's lines."""
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise HeadError(f"--file must name a readable text file, got {path}: {reason}.") from None
-    return [line.strip() for line in lines if line.strip()]
+    return lines

@@ -56,7 +56,7 @@ class Head(nn.Module):
         centre: Prediction before any training.
 
     Raises:
-        ScenarioError: A LoRA target does not exist in the blocks.
+        ScenarioError: A LoRA target does not exist in the blocks, or a size exceeds the base's width.
     """
 
     def __init__(self, base: Base, *, blocks: int, adapter: AdapterConfig, method: str, centre: float) -> None:
@@ -64,7 +64,10 @@ class Head(nn.Module):
         self.base = (base,)  # a tuple, so that the whole base is not registered as a submodule
         self.centre = centre
         self.first_block = base.num_blocks - blocks
-        features = min(adapter.whitened_features, base.hidden_size)
+        features = base.hidden_size if adapter.whitened_features == "all" else adapter.whitened_features
+        for key, size in (("whitened_features", features), ("rank", adapter.rank)):
+            if size > base.hidden_size:
+                raise ScenarioError(f"adapter.{key} must be at most the base's width {base.hidden_size}, got {size}.")
         self.blocks = nn.ModuleList(copy.deepcopy(block) for block in _top(base, blocks))
         if blocks:
             _inject_lora(self.blocks, adapter)

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shared.errors import ScenarioError
 
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+# The outer bounds keep every product of settings within float32; no sensible value comes near them.
+FiniteFloat = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseModel):
@@ -65,7 +66,7 @@ class AdapterConfig(Settings):
     rank: Count = 4
     scaling: Positive = 2.0  # LoRA's alpha / rank: how far one unit of B moves a layer
     targets: tuple[str, ...] = ("output.dense",)  # the top layer: nothing below it needs a backward pass
-    whitened_features: Count = 384  # leading directions of the public texts' features; at most all
+    whitened_features: Count | Literal["all"] = "all"  # leading directions of the public texts' features
     whitening_ridge: NonNegative = 0.02  # share of the largest eigenvalue added to every one
     constant_feature: Positive = 0.7  # the output's bias, as a feature of the same size as the others
 
@@ -89,7 +90,7 @@ class FederationConfig(Settings):
 class TrainingConfig(Settings):
     """The local step on a device."""
 
-    steps: Count = 1  # noisy steps per round, exactly this many
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 1  # noisy steps per round, exactly this many
     learning_rate: Positive = 1.0  # with one step a round the server's rate is the one that matters
 
 
@@ -125,7 +126,7 @@ class LinearConfig(Settings):
     server_learning_rate: Positive | None = None
     server_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     clip_norm: Positive | None = None
-    whitened_features: Count | None = None
+    whitened_features: Count | Literal["all"] | None = None
     steps: Count | None = None
     sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
 
@@ -146,7 +147,9 @@ class EvaluationConfig(Settings):
 class PerformanceConfig(Settings):
     """Must not change the guarantee or, beyond rounding, the result."""
 
-    threads: Count = 1  # of torch; a device's batches are too small to share out, and a busy core stalls the other
+    threads: Annotated[int, Field(ge=1, le=256)] = (
+        1  # of torch; a device's batches are too small to share out, and a busy core stalls the other
+    )
     micro_batch: Count = 1024  # tokens per forward pass; the sum of clipped gradients does not see it
 
 
@@ -206,12 +209,14 @@ def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
         ScenarioError: Unreadable file, unknown key, wrong type or impossible value; one line in the file's spelling.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         tables: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path} must be a readable scenario file: {_reason(error)}.") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ScenarioError(f"{path} must be a valid {path.suffix[1:].upper()} file: {error}.") from None
+    if not isinstance(tables, dict) or not tables:
+        raise ScenarioError(f"{path} must hold tables of settings, got none; start from simulations/scenarios.")
     for override in overrides:
         _lay_over(tables, override)
     tables.setdefault("name", path.stem)

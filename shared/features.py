@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.errors import AssetError
 from shared.model import Base
 from shared.progress import progress
 
@@ -116,7 +117,12 @@ def cached_features(
                 max_tokens=max_tokens,
                 on_progress=bar.update,
             )
-        _write_shard(folder, list(missing), fresh)
+        try:
+            _write_shard(folder, list(missing), fresh)
+        except OSError as error:
+            raise AssetError(
+                f"the cache {folder} must be writable: {error.strerror}; make room or set XDG_CACHE_HOME."
+            ) from None
         known = _open_shards(folder)
     return Features([known[key] for key in keys])
 

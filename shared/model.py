@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +49,18 @@ class BertFamily:
         # The checkpoint's pooler is not ours; transformers would say so, and draw a bar, on every load.
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        model: nn.Module = BertModel.from_pretrained(
+        loaded: Any = BertModel.from_pretrained(
             folder,
             add_pooling_layer=False,
             local_files_only=True,
             dtype=torch.float32,
             attn_implementation="sdpa",
+            output_loading_info=True,
         )
+        model: nn.Module = loaded[0]
+        missing = sorted(loaded[1]["missing_keys"])
+        if missing:  # transformers would fill them at random, in silence
+            raise AssetError(f"model.safetensors must hold every weight, {missing[0]} is missing.")
         return model
 
     def embed(self, model: nn.Module, token_ids: Tensor) -> Tensor:  # noqa: D102
@@ -144,11 +149,22 @@ def load_base(folder: Path) -> Base:
             ``1_Pooling/config.json`` where the model is a sentence encoder.
 
     Raises:
-        AssetError: A file is missing, or no family is registered for its architecture.
+        AssetError: A file or weight is missing or unreadable, a weight is not finite, or no family is registered for
+            its architecture.
     """
     missing = [name for name in BASE_FILES if not (folder / name).is_file()]
     if missing:
         raise AssetError(f"{folder} must hold {', '.join(BASE_FILES)}; missing: {', '.join(missing)}.")
+    try:
+        return _load_base(folder)
+    except AssetError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise whatever a broken file makes them stumble over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AssetError(f"{folder} must be a readable base model, got: {reason}; fetch or copy it again.") from error
+
+
+def _load_base(folder: Path) -> Base:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
@@ -156,6 +172,9 @@ def load_base(folder: Path) -> Base:
             f"{folder} must be a model of a known family ({', '.join(FAMILIES)}), got {config.get('model_type')!r}."
         )
     model = family.load(folder).eval().requires_grad_(False)
+    broken = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    if broken:
+        raise AssetError(f"{folder} must hold finite weights, {broken[0]} holds NaN or infinity; fetch it again.")
     pooling, normalize = _read_pooling(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return Base(family, model, tokenizer, _hash_base(folder), folder, int(config["hidden_size"]), pooling, normalize)

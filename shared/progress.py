@@ -1,5 +1,6 @@
 """Show how far long work has come, on stderr: a bar on a terminal, elsewhere a plain line now and then."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -73,7 +74,7 @@ def progress(
     Guarantee:
         Nothing is written to stdout, and nothing at all for work that ends within two seconds.
     """
-    if quiet or sys.stderr.isatty():
+    if quiet or _is_terminal():
         tqdm.monitor_interval = 0  # its watchdog thread would outlive the bar, and every update looks at the clock
         with tqdm(
             total=total,
@@ -93,6 +94,16 @@ def progress(
         lines.close(stopped=True)
         raise
     lines.close(stopped=False)
+
+
+def _is_terminal() -> bool:
+    """Whether stderr is a terminal that knows its width; on one that does not, a bar would be drawn 0 wide."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return True
 
 
 @dataclass

@@ -24,6 +24,7 @@ from shared.adapter import Arrays, load_start, make_start, shared_slots
 from shared.campaign import Campaign, make_head, write_campaign
 from shared.config import Scenario
 from shared.datasets import Dataset
+from shared.errors import ScenarioError, SottovoceError
 from shared.flower import InlineGrid, round_trip_bytes, run_inline
 from shared.model import Base
 from shared.policy import Policy, make_policy
@@ -93,7 +94,31 @@ def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: b
     main = "linear" if base.head_blocks(scenario.model.head_blocks) == 0 else "lora"
     wanted = [(main, "", scenario)] + ([("linear", "-linear", linear)] if linear else [])
     steps = track(wanted, description="policies", unit="campaign", quiet=quiet)
-    return [_plan(name, suffix, each, base, dataset, quiet=quiet) for name, suffix, each in steps]
+    plans = []
+    for name, suffix, each in steps:
+        try:
+            plans.append(_plan(name, suffix, each, base, dataset, quiet=quiet))
+        except SottovoceError as error:
+            if suffix:  # settings of the table [linear] carry the names of the tables they stand for
+                raise type(error)(f"campaign {name}: {error}") from None
+            raise
+    return plans
+
+
+def exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
+    """Indices of the users who get a head.
+
+    Raises:
+        ScenarioError: A user does not exist.
+    """
+    wanted = scenario.export.users
+    if isinstance(wanted, int):
+        return list(range(min(wanted, len(dataset.users))))
+    index = {user.user: i for i, user in enumerate(dataset.users)}
+    unknown = [user for user in wanted if user not in index]
+    if unknown:
+        raise ScenarioError(f"export.users must name users of {dataset.name}, got {unknown}.")
+    return [index[user] for user in wanted]
 
 
 def _plan(name: str, suffix: str, scenario: Scenario, base: Base, dataset: Dataset, *, quiet: bool) -> Plan:

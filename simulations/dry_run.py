@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 from client.site import resident_base, resident_dataset, use_threads
+from shared.assets import resolve
 from shared.config import Scenario
-from simulations.campaigns import Plan, plan_campaigns
+from simulations.campaigns import Plan, exported_users, plan_campaigns
 
 
 def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
@@ -15,8 +16,11 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
         SottovoceError: The scenario would not run.
     """
     use_threads(scenario.performance.threads)
+    for reference in (scenario.data.source, scenario.model.base):
+        resolve(reference, quiet=quiet)
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
     base = resident_base(scenario.model.base)
+    exported_users(scenario, dataset)
     plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
     return {
         "scenario": scenario.model_dump(mode="json"),

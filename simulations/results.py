@@ -182,6 +182,8 @@ def read_run(folder: Path) -> RunFolder:
     Raises:
         DataError: A file is missing, is no JSON, or lacks a key; the message names file and place.
     """
+    if (folder / "scenario.json").is_file() and not (folder / "summary.json").is_file():
+        raise DataError(f"{folder / 'summary.json'} must exist, the run is unfinished. Run the scenario again.")
     rounds: dict[str, list[Round]] = {}
     path = folder / "metrics.jsonl"
     for number, text in enumerate(_text(path).splitlines(), start=1):

@@ -21,13 +21,15 @@ import torch
 from client.site import resident_base, resident_dataset, use_threads
 from shared.accounting import epsilon_together
 from shared.adapter import load_start, pooled_features
+from shared.assets import resolve
 from shared.config import Scenario
 from shared.datasets import Dataset
 from shared.errors import ScenarioError
 from shared.metrics import paired_difference, score_row, user_rmse
+from shared.model import Base
 from shared.progress import track
 from simulations import baselines
-from simulations.campaigns import Plan, Result, mechanism_of, plan_campaigns, run_campaign
+from simulations.campaigns import Plan, Result, exported_users, mechanism_of, plan_campaigns, run_campaign
 
 VERSIONS = (
     "sottovoce",
@@ -58,14 +60,12 @@ def simulate(scenario: Scenario, *, out: Path, command: str = "", quiet: bool = 
         SottovoceError: Anything that is the user's to mend; finished rounds stay in the folder.
     """
     started = time.perf_counter()
-    if out.exists():
-        raise ScenarioError(f"{out} must be a new folder; it exists. Choose another with --out, or remove it.")
-    use_threads(scenario.performance.threads)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
-    base = resident_base(scenario.model.base)
-    exported = _exported_users(scenario, dataset)
-    plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
-    out.mkdir(parents=True)
+    _make_folder(out)
+    try:
+        plans, base, dataset, exported = _prepare(scenario, quiet=quiet)
+    except BaseException:
+        out.rmdir()  # nothing was written yet
+        raise
     _write_json(out / "scenario.json", scenario.model_dump(mode="json"))
     _write_json(out / "run.json", _describe_run(scenario, command))
     results = [run_campaign(plan, base, dataset, out=out, quiet=quiet) for plan in plans]
@@ -79,6 +79,28 @@ def simulate(scenario: Scenario, *, out: Path, command: str = "", quiet: bool = 
 
     write_report(out)
     return summary
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise ScenarioError(
+            f"{out} must be a new folder; it exists. Choose another with --out, or remove it."
+        ) from None
+    except OSError as error:
+        raise ScenarioError(f"{out} must be a folder that can be made: {error.strerror}. Choose another.") from None
+
+
+def _prepare(scenario: Scenario, *, quiet: bool) -> tuple[list[Plan], Base, Dataset, list[int]]:
+    """Everything that can be refused before a run begins."""
+    use_threads(scenario.performance.threads)
+    for reference in (scenario.data.source, scenario.model.base):
+        resolve(reference, quiet=quiet)
+    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    base = resident_base(scenario.model.base)
+    exported = exported_users(scenario, dataset)
+    return plan_campaigns(scenario, base, dataset, quiet=quiet), base, dataset, exported
 
 
 def _predict_rows(
@@ -194,18 +216,6 @@ def _describe_privacy(plan: Plan) -> dict[str, Any]:
         "policy_sha256": policy.sha256,
         "sentence": claim.sentence(),
     }
-
-
-def _exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
-    """Indices of the users who get a head."""
-    wanted = scenario.export.users
-    if isinstance(wanted, int):
-        return list(range(min(wanted, len(dataset.users))))
-    index = {user.user: i for i, user in enumerate(dataset.users)}
-    unknown = [user for user in wanted if user not in index]
-    if unknown:
-        raise ScenarioError(f"export.users must name users of {dataset.name}, got {unknown}.")
-    return [index[user] for user in wanted]
 
 
 def _describe_run(scenario: Scenario, command: str) -> dict[str, Any]:

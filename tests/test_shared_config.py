@@ -64,6 +64,9 @@ def test_a_resolved_scenario_is_read_back_as_itself(tmp_path):
         ("[federation]\nrounds = true", ["federation.rounds must be", "True"]),
         ("privacy = 3", ["privacy must be an object", "3"]),
         ("[privacy\n", ["must be a valid TOML file"]),
+        ("", ["must hold tables of settings"]),
+        ("[privacy]\nclip_norm = 1e300", ["privacy.clip_norm must be less than or equal to 1000000000"]),
+        ("[training]\nsteps = 1000000", ["training.steps must be less than or equal to 10000"]),
         ("seed = 2020-01-01", ["dates and times are not used here"]),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shared.adapter import (
     Head,
@@ -167,6 +168,27 @@ def test_what_cannot_be_a_base_is_refused(tiny_base, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt9"}))
     with pytest.raises(AssetError, match="known family"):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing weight", "nan", "config", "config types", "tokenizer", "truncated"])
+def test_a_damaged_base_is_refused_and_never_filled_up(make_tiny_base, tmp_path, damage):
+    base = make_tiny_base(tmp_path / "base")
+    weights = load_file(base.folder / "model.safetensors")
+    if damage == "missing weight":
+        save_file({n: w for n, w in weights.items() if "layer.1" not in n}, base.folder / "model.safetensors")
+    elif damage == "nan":
+        save_file(
+            weights | {"embeddings.LayerNorm.bias": torch.full((32,), torch.nan)}, base.folder / "model.safetensors"
+        )
+    elif damage == "truncated":
+        path = base.folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        name = "tokenizer.json" if damage == "tokenizer" else "config.json"
+        (base.folder / name).write_text("[]" if damage == "config types" else "{" if damage == "config" else "{}")
+    with pytest.raises(AssetError) as caught:
+        load_base(base.folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_more_blocks_than_there_are_is_refused(tiny_base):

@@ -281,6 +281,8 @@ def test_an_altered_start_is_noticed(campaign):
         ("privacy.delta = 0.01", PrivacyError, "privacy.delta must be at most"),
         ("model.head_blocks = 3", ScenarioError, "between 0 and 2 for this base, got 3"),
         ('adapter.targets = ["wq"]', ScenarioError, "adapter.targets must name linear layers"),
+        ("adapter.rank = 33", ScenarioError, "adapter.rank must be at most the base's width 32, got 33"),
+        ("linear.cohort_size = 13", PrivacyError, "campaign linear: federation.cohort_size"),
         ('export.users = ["99"]', ScenarioError, "export.users must name users"),
     ],
 )
@@ -352,6 +354,9 @@ def test_the_command_predicts_with_a_head_of_the_run(run):
         (["simulate", "nowhere.toml"], "nowhere.toml must be a readable scenario file"),
         (["simulate", "SCENARIO", "--set", "privacy.delta=1.5"], "privacy.delta must be less than 1, got 1.5"),
         (["report", "nowhere"], "nowhere"),
+        (["simulate", "SCENARIO", "--out", "/proc/nowhere/out"], "must be a folder that can be made"),
+        (["simulate"], "the following arguments are required: scenario; try"),
+        (["bench", "step", "--rounds", "0"], "must be a whole number of at least 1, got '0'"),
         (["client", "predict", "--head", "nowhere", "--text", "x"], "nowhere"),
     ],
 )
