@@ -9,6 +9,8 @@ from shared.clipping import clipped_sum
 from shared.noise import add_gaussian_noise
 from shared.policy import Policy
 
+_MAX_WAITING = 4_000_000  # per-sample gradient values kept before they are clipped: bounds memory, not the sum
+
 
 class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' optimizer with every constant taken from the policy.
@@ -39,25 +41,36 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=policy.denominator,
             generator=generator,
         )
+        self._learning_rate = policy.learning_rate
+        self._waiting = 0  # numbers in the per-sample gradients not clipped yet
 
     def accumulate(self) -> None:
-        """Clip the per-sample gradients of one micro-batch and add them to the step's sum."""
+        """Take in one micro-batch: its per-sample gradients wait to be clipped and added with those of others."""
+        for parameter in self.params:
+            latest = parameter.grad_sample
+            self._waiting += (latest[-1] if isinstance(latest, list) else latest).numel()
+        if self._waiting > _MAX_WAITING:
+            self._clip_waiting()
+
+    def _clip_waiting(self) -> None:
+        """Clip the per-sample gradients that wait and add them to the step's sum."""
         sums = clipped_sum(self.grad_samples, clip_norm=self.max_grad_norm)
         for parameter, clipped in zip(self.params, sums, strict=True):
             so_far = parameter.summed_grad
             parameter.summed_grad = clipped if so_far is None else so_far + clipped
             parameter.grad_sample = None
-            parameter.grad = None
+        self._waiting = 0
 
+    @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Add the noise, divide by the constant, move the parameters, forget everything."""
+        """Add the noise to the sum, divide by the constant, move the parameters, forget everything."""
+        if self._waiting:
+            self._clip_waiting()
         for parameter in self.params:
             total = parameter.summed_grad if parameter.summed_grad is not None else torch.zeros_like(parameter)
             stddev = self.noise_multiplier * self.max_grad_norm
             noised = add_gaussian_noise(total, stddev=stddev, generator=self.generator)
-            parameter.grad = noised / self.expected_batch_size
-        self.original_optimizer.step()
-        for parameter in self.params:
+            parameter.add_(noised, alpha=-self._learning_rate / self.expected_batch_size)
             parameter.grad_sample = parameter.summed_grad = parameter.grad = None
 
 

@@ -16,7 +16,7 @@ from shared.errors import PrivacyError, RefusedError
 from shared.features import Features
 from shared.policy import Policy
 
-_MAX_PADDING = 1.14  # padded over real tokens of one micro-batch: less costs more passes than it saves
+_MAX_PADDING = 1.15  # padded over real tokens of one micro-batch: less costs more passes than it saves
 
 
 def make_trainable(head: Head, policy: Policy) -> GradSampleModule | Head:

@@ -118,6 +118,13 @@ def test_micro_batches_do_not_change_the_sum(setting):
     np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-6)
 
 
+def test_it_does_not_matter_when_gradients_are_clipped(setting, monkeypatch):
+    policy = setting.policy(clip_norm=0.05)
+    together = flat(setting.update(policy, micro_batch=40))
+    monkeypatch.setattr("client.optimizer._MAX_WAITING", 1)  # every micro-batch at once
+    np.testing.assert_allclose(flat(setting.update(policy, micro_batch=40)), together, rtol=1e-4, atol=1e-6)
+
+
 def noise_of(setting, policy, **arguments):
     """Noise of one update in units of the policy's scale for a single step."""
     silent = policy.model_copy(update={"noise_multiplier": 0.0})
