@@ -100,7 +100,7 @@ def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
         "ratios": ratios,
         "cpu_ms_per_step": {name: _spread([1000 * s for s in seconds]) for name, seconds in times.items()},
         "answers_agree": differences,
-        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+        "machine": {"platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "opacus", "peft", "transformers")},
     }
 

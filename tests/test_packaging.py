@@ -1,5 +1,6 @@
 """What travels, what is imported, and that the documentation speaks of what is there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -86,6 +87,20 @@ def test_every_command_of_the_readme_is_understood(line):
 def test_the_scenarios_and_documents_the_readme_names_exist():
     for name in re.findall(r"(?:simulations/scenarios/[\w.-]+|docs/[\w.-]+|shared/config\.py)", README):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "measurements").glob("movielens*.json")), ids=lambda p: p.stem)
+def test_the_readme_quotes_what_was_measured(path):
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    for row in ("local", "federated", "personal", "personal-linear"):
+        score = measured["rows"][row]["rmse"]
+        assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in README
+
+
+def test_the_readme_quotes_the_benchmark():
+    measured = json.loads((ROOT / "docs" / "measurements" / "bench-step.json").read_text(encoding="utf-8"))
+    for ratio in measured["ratios"].values():
+        assert f"{ratio['median']:.3g}" in README
 
 
 def leaf_parsers(parser=None, words=()):
