@@ -13,7 +13,7 @@ from simulations.figures import by_round, by_user
 from simulations.results import RunFolder, Summary, check_summary, read_run
 
 ROWS = {
-    "constant": "the midpoint of the scale, for everyone",
+    "constant": "the mean of all training ratings, for everyone",
     "user-mean": "each user's own mean rating",
     "pooled": "all data in one place, no privacy",
     "local": "the personal method alone, no federation",
