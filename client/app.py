@@ -3,6 +3,7 @@
 import logging
 import time
 from functools import partial
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -11,7 +12,9 @@ from client.site import accepted_campaign, open_site
 from client.train import train_shared
 from shared import wire
 from shared.adapter import Arrays, within_bound
-from shared.errors import PrivacyError, RefusedError
+from shared.campaign import Campaign, read_resumed
+from shared.errors import CampaignError, PrivacyError, RefusedError
+from shared.flower import answer_seat, in_simulation
 from shared.noise import seeded_generator
 from shared.policy import Policy
 
@@ -27,7 +30,7 @@ def train(message: Message, context: Context) -> Message:
         content = _train(message, context)
     except RefusedError as refusal:
         content = wire.pack_refusal(refusal.code)
-    except PrivacyError:  # the policy does not give the epsilon it states
+    except (PrivacyError, CampaignError):  # the policy does not give the epsilon it states, or not with what is here
         content = wire.pack_refusal("POLICY")
     except Exception as error:
         # An exception's text may quote a record: only its type and place are logged, only a code is sent.
@@ -43,14 +46,15 @@ def train(message: Message, context: Context) -> Message:
 
 def _train(message: Message, context: Context) -> RecordDict:
     """One round on one device; nothing of the device's data is read before the round is spent (rule P4)."""
-    if context.node_config.get("simulation") is not True:
+    if not in_simulation(context):
         # The ledger (P4) and cryptographic noise (P6) are not built yet: a real device refuses to train.
         raise RefusedError("NOT_A_SIMULATION")
-    folder = str(context.run_config["campaign"])
-    policy = accepted_campaign(folder).policy
+    where = str(campaigns_folder(context)), _named_policy(message.content)
+    campaign = accepted_campaign(*where)
+    policy = campaign.policy
     arrays, round_number = _check(message.content, policy)
-    _spend(context, round_number, policy)
-    site = open_site(folder)
+    _spend(context, round_number, campaign)
+    site = open_site(*where)
     started = time.perf_counter()
     device = int(context.node_config["partition-id"])
     features, targets = site.shared_records(device)
@@ -70,14 +74,25 @@ def _train(message: Message, context: Context) -> RecordDict:
     return wire.pack_reply(update, round_number=round_number, policy_sha256=policy.sha256)
 
 
+def campaigns_folder(context: Context) -> Path:
+    """Where this device finds the campaigns it may take part in."""
+    config = context.run_config
+    return Path(str(config["campaigns"])) if "campaigns" in config else Path(str(config["out"])) / "campaigns"
+
+
+def _named_policy(content: RecordDict) -> str:
+    try:
+        return wire.named_policy(content)
+    except wire.MalformedError:
+        raise RefusedError("SCHEMA") from None
+
+
 def _check(content: RecordDict, policy: Policy) -> tuple[Arrays, int]:
     """The arrays and round of a request that agrees with the policy this device knows."""
     try:
-        arrays, round_number, policy_sha256 = wire.unpack(content, policy.array_slots())
+        arrays, round_number, _ = wire.unpack(content, policy.array_slots())
     except wire.MalformedError as malformed:
         raise RefusedError("SCHEMA" if malformed.code == "SCHEMA" else "ARRAYS") from None
-    if policy_sha256 != policy.sha256:
-        raise RefusedError("POLICY")
     if not 1 <= round_number <= policy.rounds:
         raise RefusedError("ROUND")
     if not within_bound(arrays):
@@ -85,12 +100,28 @@ def _check(content: RecordDict, policy: Policy) -> tuple[Arrays, int]:
     return arrays, round_number
 
 
-def _spend(context: Context, round_number: int, policy: Policy) -> None:
+def _spend(context: Context, round_number: int, campaign: Campaign) -> None:
     """Count this round against ``max_participations``; rounds only go forward, so none is answered twice."""
-    state = context.state.config_records.get(_STATE, ConfigRecord())
-    count, last_round = (int(str(state.get(key, 0))) for key in ("count", "last_round"))
+    key = f"{_STATE} {campaign.policy.sha256}"
+    state = context.state.config_records.get(key) or _spent_before(context, campaign)
+    count, last_round = (int(str(state[field])) for field in ("count", "last_round"))
     if round_number <= last_round:
         raise RefusedError("ROUND")
-    if count >= policy.max_participations:
+    if count >= campaign.policy.max_participations:
         raise RefusedError("BUDGET")
-    context.state[_STATE] = ConfigRecord({"count": count + 1, "last_round": round_number})
+    context.state[key] = ConfigRecord({"count": count + 1, "last_round": round_number})
+
+
+def _spent_before(context: Context, campaign: Campaign) -> ConfigRecord:
+    """What a device had spent when its simulation was interrupted; nothing in a new one."""
+    resumed = read_resumed(campaign.folder)
+    if resumed is None:
+        return ConfigRecord({"count": 0, "last_round": 0})
+    count = resumed.participations.get(int(context.node_config["partition-id"]), 0)
+    return ConfigRecord({"count": count, "last_round": resumed.round_number})
+
+
+@app.query("seat")
+def seat(message: Message, context: Context) -> Message:
+    """Tell a simulation's server which of its devices this is; a real device does not."""
+    return answer_seat(message, context)

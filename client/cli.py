@@ -20,6 +20,15 @@ where --base says. Everything is checked before the first prediction: a damaged 
 another base, is refused with one line and exit code 2.
 """
 
+_GENERATE_EXAMPLE = """\
+example:
+  sottovoce client generate --head runs/latest/heads/user-1 --prompt "The film was" --temperature 0.7
+
+With --base and no --head the base answers alone. Prompt and answer together must fit the base's context.
+Everything is checked before the first word: a damaged file, a head of another base, or one whose known answer does
+not come out on this device, is refused with one line and exit code 2.
+"""
+
 
 def add_parser(subparsers: "Subparsers") -> None:
     """Register ``client`` and its sub-commands; each sets ``handler``, a function of the parsed arguments."""
@@ -38,6 +47,26 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("--file", type=Path, metavar="TXT", help="more texts, one a line, in UTF-8")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of one line per text")
     parser.set_defaults(handler=predict)
+    parser = commands.add_parser(
+        "generate",
+        help="answer a prompt with a personal language head; needs neither torch nor a network",
+        description="Answer a prompt with a personal language head. Needs neither torch nor a network.",
+        epilog=_GENERATE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--head", type=Path, metavar="DIR", help="folder of the user's head")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="folder of the fleet's base (default: HEAD/../base)")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, taken as it is")
+    prompt.add_argument("--file", type=Path, metavar="TXT", help="a file with the prompt, in UTF-8")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer (default: 64)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from this share (default: 1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: fresh randomness)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer as it comes")
+    parser.set_defaults(handler=generate)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -46,11 +75,11 @@ def predict(args: argparse.Namespace) -> int:
     Raises:
         HeadError: No text was given, the file of texts is unreadable, or the head cannot be used.
     """
-    texts = [text.strip() for text in (*args.text, *_read_lines(args.file)) if text.strip()]
+    lines = [] if args.file is None else _read_file(args.file).split("\n")
+    texts = [text.strip() for text in (*args.text, *lines) if text.strip()]
     if not texts:
         raise HeadError("at least one text must be given, got none; add --text TEXT or --file TXT.")
-    if any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text):
-        raise HeadError("a text must be UTF-8, got bytes that are not; check the terminal's encoding.")
+    _check_encoding(texts)
     from client.runtime import open_head  # loads onnxruntime, which no other command needs
 
     head = open_head(args.head, base=args.base)
@@ -64,13 +93,46 @@ def predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_lines(path: Path | None) -> Sequence[str]:
-    """The file's lines."""
-    if path is None:
-        return []
+def generate(args: argparse.Namespace) -> int:
+    """Print the answer to a prompt, as it comes.
+
+    Raises:
+        HeadError: Neither head nor base is named, the prompt is unreadable or too long, a setting is impossible, or
+            the head cannot be used.
+    """
+    prompt = _read_file(args.file) if args.prompt is None else args.prompt
+    _check_encoding([prompt])
+    folder = args.base if args.head is None else args.head
+    if folder is None:
+        raise HeadError("a head or a base must be named, got neither; add --head DIR or --base DIR.")
+    from client.generation import open_generator  # loads onnxruntime, which no other command needs
+
+    generator = open_generator(folder, base=None if args.head is None else args.base)
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+    if args.json:
+        found = generator.generate(prompt, **settings)
+        answer = {"prompt": prompt, "text": found.text, "token_ids": found.token_ids, "stopped": found.stopped}
+        print(json.dumps({"head": str(folder), "user": generator.user, **answer}, ensure_ascii=False))
+    else:
+        for piece in generator.stream(prompt, **settings):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def _check_encoding(texts: Sequence[str]) -> None:
+    if any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text):
+        raise HeadError("a text must be UTF-8, got bytes that are not; check the terminal's encoding.")
+
+
+def _read_file(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise HeadError(f"--file must name a readable text file, got {path}: {reason}.") from None
-    return lines

@@ -8,12 +8,9 @@ what it did before the slots were put in. Nothing takes its place before the dev
 from the written files, and agreed with torch.
 """
 
-import contextlib
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,42 +18,30 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from client.graph import (
-    build_graph,
-    describe_slot,
-    graph_format,
-    graph_key,
-    list_slots,
-    lora_slot,
-    read_graph,
-    slot_layers,
-    store_graph,
-)
-from client.runtime import (
+from client.artifact import (
     ADAPTER,
     DEFAULT_BASE,
     MANIFEST,
     MODEL,
-    OUTPUT_SLOTS,
+    PERSONAL_NOTE,
     SCHEMA,
     TOKENIZER,
-    base_id,
-    open_base,
-    open_head,
+    describe_files,
+    distinct,
+    lora_differs,
+    new_folder,
+    write_json,
 )
-from shared.adapter import Head, pooled_features
+from client.graph import build_graph, graph_key, list_slots, slot_layers
+from client.runtime import OUTPUT_SLOTS, base_id, open_base, open_head
+from client.slots import describe_slot, graph_format, lora_slot, read_graph, store_graph
 from shared.config import TaskConfig
 from shared.errors import HeadError
 from shared.features import compute_features
+from shared.head import RatingHead, pooled_features
 from shared.model import Base
 
 TOLERANCE = 1e-4  # largest absolute difference between torch and ONNX Runtime
-MIN_PROBES = 16
-_PERSONAL_NOTE = (
-    "This head was fitted to one user's data and contains personal data: keep it on the user's device and "
-    "delete it with the user's data. The privacy block covers what left the device during the federation, "
-    "not this file."
-)
 
 
 def export_base(
@@ -93,7 +78,7 @@ def export_base(
         With no adapter ``pooled`` equals that of the graph without slots bit for bit on the probe texts, and
         every prediction is the centre.
     """
-    probes = _distinct(probe_texts)
+    probes = distinct(probe_texts)
     token_ids = base.tokenize(probes, max_tokens=max_tokens)
     layers = slot_layers(base, blocks, targets)
     key = graph_key(base, list(layers), max_tokens, task.centre)
@@ -101,21 +86,21 @@ def export_base(
     if model is None:
         model = build_graph(base, layers, max_tokens=max_tokens, centre=task.centre, token_ids=token_ids)
         store_graph(cache, key, model)
-    with _new_folder(folder) as new:
+    with new_folder(folder) as new:
         (new / MODEL).write_bytes(model)
         shutil.copyfile(base.folder / "tokenizer.json", new / TOKENIZER)
         manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": "base",
             "base_sha256": base.sha256,
-            "files": _files(new, MODEL, TOKENIZER),
+            "files": describe_files(new, MODEL, TOKENIZER),
             "tokenizer": {"max_tokens": max_tokens},
             "slots": list_slots(base.hidden_size, layers),
             "task": {"name": task.name, "low": task.low, "high": task.high, "centre": task.centre},
             "onnx": graph_format(model),
         }
         manifest["id"] = base_id(manifest)
-        _write_json(new / MANIFEST, manifest)
+        write_json(new / MANIFEST, manifest)
         pooled, predictions = open_base(new).run(probes)
         wanted = compute_features(base, probes, head_blocks=0, max_tokens=max_tokens)
         difference = _compare(pooled, np.stack([wanted.batch([row])[0][0, 0].numpy() for row in range(len(probes))]))
@@ -125,7 +110,7 @@ def export_base(
                 f"got {predictions.tolist()[:3]}; this is a fault of the export, please report it."
             )
         manifest["parity"] = {"n_probes": len(probes), "max_abs": difference, "tolerance": TOLERANCE}
-        _write_json(new / MANIFEST, manifest)
+        write_json(new / MANIFEST, manifest)
     return manifest
 
 
@@ -133,7 +118,7 @@ def export_head(
     folder: Path,
     *,
     base_folder: Path,
-    head: Head,
+    head: RatingHead,
     output_weight: np.ndarray,
     output_bias: float,
     user: str,
@@ -165,44 +150,44 @@ def export_head(
     Guarantee:
         The device's own runtime, reading the written files, agrees with torch on every probe text.
     """
-    probes = _distinct(probe_texts)
+    probes = distinct(probe_texts)
     fleet = open_base(base_folder)
     tensors = _adapter_tensors(head, output_weight, output_bias)
     lora = {name: array for name, array in tensors.items() if name not in OUTPUT_SLOTS}
-    with _new_folder(folder) as new:
+    with new_folder(folder) as new:
         (new / ADAPTER).write_bytes(save(tensors))
         manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": "adapter",
             "user": user,
             "created": created.isoformat(timespec="seconds"),
-            "personal_data": _PERSONAL_NOTE,
+            "personal_data": PERSONAL_NOTE,
             "base": {
                 "id": fleet.id,
                 "model_sha256": fleet.model_sha256,
                 "base_sha256": head.base[0].sha256,
                 "folder": DEFAULT_BASE,
             },
-            "files": _files(new, ADAPTER),
+            "files": describe_files(new, ADAPTER),
             "rank": max((array.shape[1] for name, array in lora.items() if name.endswith(".A")), default=0),
             "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
             "privacy": dict(privacy),
         }
-        _write_json(new / MANIFEST, manifest)
+        write_json(new / MANIFEST, manifest)
         personal = open_head(new, base=fleet)
         predictions = personal.raw(probes)
         difference = _compare(predictions, _torch_predictions(head, base_folder, probes, output_weight, output_bias))
         without_lora = {name: tensors[name] for name in OUTPUT_SLOTS}
         _check_active(predictions, fleet.run(probes)[1], active=_output_differs(tensors, head.centre), what="head")
         pooled, bare = (fleet.run(probes, adapter=part)[0] for part in (tensors, without_lora))
-        _check_active(pooled, bare, active=_lora_differs(lora), what="LoRA")
+        _check_active(pooled, bare, active=lora_differs(lora), what="LoRA")
         manifest["parity"] = {"n_probes": len(probes), "max_abs": difference, "tolerance": TOLERANCE}
-        _write_json(new / MANIFEST, manifest)
+        write_json(new / MANIFEST, manifest)
     return manifest
 
 
 def _torch_predictions(
-    head: Head, base_folder: Path, probes: Sequence[str], output_weight: np.ndarray, output_bias: float
+    head: RatingHead, base_folder: Path, probes: Sequence[str], output_weight: np.ndarray, output_bias: float
 ) -> np.ndarray:
     """The reference (n,) in torch, unclipped, from the texts on."""
     max_tokens = json.loads((base_folder / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]["max_tokens"]
@@ -237,11 +222,7 @@ def _output_differs(tensors: Mapping[str, np.ndarray], centre: float) -> bool:
     return bool(weight.any() or bias[0] != np.float32(centre))
 
 
-def _lora_differs(lora: Mapping[str, np.ndarray]) -> bool:
-    return any((a @ lora[name[:-1] + "B"]).any() for name, a in lora.items() if name.endswith(".A"))
-
-
-def _adapter_tensors(head: Head, output_weight: np.ndarray, output_bias: float) -> dict[str, np.ndarray]:
+def _adapter_tensors(head: RatingHead, output_weight: np.ndarray, output_bias: float) -> dict[str, np.ndarray]:
     """Slot name -> float32 array: LoRA transposed to x @ A @ B, its scaling in B; and the output layer."""
     if output_weight.shape != (head.base[0].hidden_size,):
         raise HeadError(f"output_weight must have shape ({head.base[0].hidden_size},), got {output_weight.shape}.")
@@ -260,37 +241,3 @@ def _adapter_tensors(head: Head, output_weight: np.ndarray, output_bias: float) 
         tensors[f"{slot}.A"] = np.ascontiguousarray(a.T)
         tensors[f"{slot}.B"] = np.ascontiguousarray(b.T * scaling)
     return dict(sorted(tensors.items()))
-
-
-def _distinct(probe_texts: Sequence[str]) -> list[str]:
-    probes = list(dict.fromkeys(probe_texts))
-    if not len(probes) >= MIN_PROBES:
-        raise HeadError(f"probe_texts must hold at least {MIN_PROBES} different texts, got {len(probes)}.")
-    return probes
-
-
-def _files(folder: Path, *names: str) -> dict[str, Any]:
-    contents = {name: (folder / name).read_bytes() for name in names}
-    return {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A hidden sibling that takes the folder's place at the end, or vanishes when anything goes wrong."""
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise HeadError(f"{folder} must be new, empty or an earlier export, got something else; choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{state}") for state in ("new", "old"))
-    new.mkdir(mode=0o700)
-    try:
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)

@@ -1,15 +1,13 @@
-"""The base as one ONNX graph with empty slots, traced by torch, and a cache of such graphs."""
+"""The base as one ONNX graph with empty slots, traced by torch."""
 
 import ast
 import contextlib
 import hashlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +17,21 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from client.runtime import open_session, run_session
+from client.slots import (
+    add_optional_input,
+    check_found,
+    check_size,
+    check_unchanged,
+    describe_slot,
+    lora_nodes,
+    lora_slot,
+    strip_metadata,
+)
 from shared.errors import HeadError
 from shared.model import Base
 
 _OPSET = 20
 _GRAPH_VERSION = 1  # raise when the graph this module makes changes: it names the cached graphs
-_MAX_MODEL_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB
-
-
-def lora_slot(block: int, target: str) -> str:
-    """Name of a layer's pair of slots; its inputs are this with ``.A`` and ``.B``."""
-    return f"lora.block.{block}.{target}"
 
 
 def slot_layers(base: Base, blocks: Sequence[int], targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -46,11 +48,6 @@ def slot_layers(base: Base, blocks: Sequence[int], targets: Sequence[str]) -> di
                 raise HeadError(f"targets must name linear layers of a block ({', '.join(known)}), got {target!r}.")
             layers[lora_slot(number, target)] = layer
     return layers
-
-
-def describe_slot(name: str, shape: Sequence[int | str]) -> dict[str, Any]:
-    """A slot or its tensor as manifests list it."""
-    return {"name": name, "shape": list(shape), "dtype": "float32"}
 
 
 def list_slots(width: int, layers: Mapping[str, nn.Linear]) -> list[dict[str, Any]]:
@@ -89,22 +86,15 @@ def build_graph(
 ) -> bytes:
     """Trace the base, put the slots in, and show that they change nothing while they are empty."""
     graph = _trace(PooledBase(base), max_tokens=max_tokens)
-    if not graph.ByteSize() < _MAX_MODEL_BYTES:
-        raise HeadError(
-            f"the base must fit one ONNX file of 2 GiB, got {graph.ByteSize() / 2**30:.1f} GiB; use a smaller base."
-        )
+    check_size(graph)
     plain = graph.SerializeToString()
     _insert_slots(graph, base, layers, centre=centre)
-    _strip_metadata(graph)
+    strip_metadata(graph)
     slotted: bytes = graph.SerializeToString()
     before, after = (
         run_session(open_session(model, threads=1), token_ids, {}, ["pooled"])[0] for model in (plain, slotted)
     )
-    if not np.array_equal(before, after):
-        raise HeadError(
-            "empty slots must not change the base's outputs, but they do in the last bits on this machine; "
-            "nothing was written. Please report it with your onnxruntime version."
-        )
+    check_unchanged([before], [after])
     return slotted
 
 
@@ -161,20 +151,9 @@ def _insert_slots(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str,
             weight = numpy_helper.to_array(weights[node.input[1]])  # (K, N)
             if not np.array_equal(weight, layer.weight.detach().numpy().T):
                 continue
-            out = node.output[0]
-            node.output[0] = f"{slot}.base"
-            nodes += [
-                helper.make_node("MatMul", [node.input[0], f"{slot}.A"], [f"{slot}.xA"]),
-                helper.make_node("MatMul", [f"{slot}.xA", f"{slot}.B"], [f"{slot}.xAB"]),
-                helper.make_node("Add", [f"{slot}.base", f"{slot}.xAB"], [out]),
-            ]
+            nodes += lora_nodes(node, slot)
             done.append(slot)
-    if sorted(done) != sorted(layers):
-        wrong = sorted(slot for slot in layers if done.count(slot) != 1)
-        raise HeadError(
-            f"every slot must find its one product in the graph, got none or several for {', '.join(wrong)}; "
-            "this version of torch exports them otherwise."
-        )
+    check_found(done, layers)
     nodes += [
         helper.make_node("MatMul", ["pooled", "output.weight"], ["output.product"]),
         helper.make_node("Add", ["output.product", "output.bias"], ["prediction"]),
@@ -183,11 +162,7 @@ def _insert_slots(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str,
     graph.node.extend(nodes)
     graph.output.append(helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["texts", 1]))
     for item in list_slots(base.hidden_size, layers):
-        default = np.zeros([0 if isinstance(size, str) else size for size in item["shape"]], dtype=np.float32)
-        if item["name"] == "output.bias":
-            default[:] = centre
-        graph.input.append(helper.make_tensor_value_info(item["name"], TensorProto.FLOAT, item["shape"]))
-        graph.initializer.append(numpy_helper.from_array(default, item["name"]))
+        add_optional_input(graph, item, fill=centre if item["name"] == "output.bias" else 0.0)
 
 
 def _name_scopes(node: onnx.NodeProto) -> list[str]:
@@ -198,49 +173,8 @@ def _name_scopes(node: onnx.NodeProto) -> list[str]:
     return []
 
 
-def _strip_metadata(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes on the side: its stack traces name files and folders of this machine."""
-    graph = model.graph  # its value_info stays: without those shapes ONNX Runtime fuses fewer nodes
-    values = (*graph.input, *graph.output, *graph.value_info)
-    for item in (model, graph, *graph.node, *graph.initializer, *values):
-        del item.metadata_props[:]
-        item.doc_string = ""
-
-
-def graph_format(model: bytes) -> dict[str, Any]:
-    """What a runtime must understand to open the model."""
-    graph = onnx.load_model_from_string(model)
-    return {"opset": graph.opset_import[0].version, "ir": graph.ir_version}
-
-
 def graph_key(base: Base, slots: Sequence[str], max_tokens: int, centre: float) -> str:
     """Names a graph by all that decides its bytes."""
     versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript")]
     decisive = [_GRAPH_VERSION, _OPSET, versions, base.sha256, list(slots), max_tokens, centre]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:24]
-
-
-def read_graph(cache: Path | None, key: str) -> bytes | None:
-    """A graph made before, or None where there is none or its bytes are not those that were stored."""
-    if cache is None:
-        return None
-    try:
-        wanted = (cache / f"{key}.sha256").read_text(encoding="ascii")
-        model = (cache / f"{key}.onnx").read_bytes()
-    except OSError:
-        return None
-    return model if hashlib.sha256(model).hexdigest() == wanted else None
-
-
-def store_graph(cache: Path | None, key: str, model: bytes) -> None:
-    """Keep a graph under its key, the hash last, so that an interrupted write is no entry."""
-    if cache is None:
-        return
-    cache.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        (f"{key}.onnx", model),
-        (f"{key}.sha256", hashlib.sha256(model).hexdigest().encode()),
-    ):
-        temporary = cache / f".{name}.{os.getpid()}"
-        temporary.write_bytes(content)
-        temporary.replace(cache / name)

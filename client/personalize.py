@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from client.finetune import fine_tune, keep
+from shared.adapter import Arrays
 from shared.config import PersonalConfig
+from shared.errors import ScenarioError
+from shared.registry import lookup
 
 
 @dataclass(frozen=True)
@@ -60,4 +64,66 @@ def fit_ridge(
     return PrivateOutput(weight, level - float(mean @ weight))
 
 
-PERSONAL_METHODS: dict[str, Callable[..., PrivateOutput]] = {"none": fit_none, "fine-tune": fit_ridge}
+@dataclass(frozen=True)
+class PersonalMethod:
+    """How a device fits its private part, and what rule P1 must know of it.
+
+    Attributes:
+        fit: As ``fit_ridge``: features (n, d), residuals (n,), ``mean``, ``personal`` -> a private output.
+        read_by_shared_step: Whether shared training ever reads what ``fit`` made on the same records. Stated by the
+            author; anything but False is refused where records are to be protected.
+        summary: One line for people.
+        adapt: As ``client.finetune.fine_tune``, where the task has no output layer to fit; None: not for such tasks.
+    """
+
+    fit: Callable[..., PrivateOutput]
+    read_by_shared_step: bool
+    summary: str
+    adapt: Callable[..., Arrays] | None = None
+
+    def __call__(
+        self, features: np.ndarray, residuals: np.ndarray, *, mean: np.ndarray, personal: PersonalConfig
+    ) -> PrivateOutput:
+        """Fit.
+
+        Raises:
+            ScenarioError: The result is not a finite private output of the features' width.
+        """
+        # a copy: the centre is part of the public start, which nothing fitted on a device may change
+        found = self.fit(features, residuals, mean=mean.copy(), personal=personal)
+        width = features.shape[1]
+        if not (
+            isinstance(found, PrivateOutput)
+            and _is_finite(found.weight, shape=(width,))
+            and _is_finite(found.bias, shape=())
+        ):
+            raise ScenarioError(
+                f"personal.method = {personal.method!r} must give a finite PrivateOutput of width {width}, "
+                f"got {type(found).__name__}; choose another or mend it."
+            )
+        return found
+
+
+def _is_finite(values: object, *, shape: tuple[int, ...]) -> bool:
+    array = np.asarray(values)
+    return array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+
+
+PERSONAL_METHODS: dict[str, PersonalMethod] = {
+    "none": PersonalMethod(fit_none, read_by_shared_step=False, summary="no private part", adapt=keep),
+    "fine-tune": PersonalMethod(
+        fit_ridge,
+        read_by_shared_step=False,
+        summary="a private output layer (a language model: a private copy of the LoRA), fitted after the federation",
+        adapt=fine_tune,
+    ),
+}
+
+
+def personal_method(name: str) -> PersonalMethod:
+    """A personal method by name, built in or installed.
+
+    Raises:
+        ScenarioError: Nobody registers it, or its package is broken.
+    """
+    return lookup("personal_methods", name, PERSONAL_METHODS, PersonalMethod)

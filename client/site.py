@@ -12,23 +12,33 @@ import platformdirs
 import torch
 from opacus import GradSampleModule
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
 from client.train import make_trainable
-from shared.adapter import Head, load_start
+from shared.adapter import load_start
 from shared.assets import resolve
-from shared.campaign import Campaign, read_campaign
+from shared.campaign import Campaign, find_campaign
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, read
+from shared.errors import RefusedError, ScenarioError
 from shared.features import Features, cached_features
+from shared.head import Head
 from shared.model import Base, load_base
-from shared.policy import check_price
+from shared.policy import check_compatible, check_extensions, check_price
+from shared.tasks import TASKS, Key, Labels, Scores, Targets
 
 
 @lru_cache(maxsize=2)
-def resident_base(reference: str) -> Base:
-    """The base model, loaded once per process."""
-    return load_base(resolve(reference))
+def resident_base(reference: str, device: str = "cpu") -> Base:
+    """The base model, loaded once per process.
+
+    Raises:
+        ScenarioError: There is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ScenarioError("performance.device = 'cuda' needs a GPU and a CUDA build of torch, got none; set cpu.")
+    base = load_base(resolve(reference))
+    base.model.to(device)
+    return base
 
 
 @lru_cache(maxsize=2)
@@ -53,24 +63,40 @@ def feature_cache() -> Path:
 
 
 class TextFeatures:
-    """Backbone outputs of every text of a data set, looked up by record."""
+    """Backbone outputs of every distinct input of a data set, looked up by record."""
 
     def __init__(self, base: Base, scenario: Scenario, dataset: Dataset, *, quiet: bool = True) -> None:
-        texts = dict.fromkeys(dataset.public_texts)
-        texts.update(dict.fromkeys(r.text for user in dataset.users for r in (*user.train, *user.test)))
-        self.row = {text: i for i, text in enumerate(texts)}
+        self._public: list[Key] = [(text, "") for text in dataset.public_texts]
+        keys = dict.fromkeys(self._public)
+        keys.update(dict.fromkeys(r.key for user in dataset.users for r in (*user.train, *user.test)))
+        self.row = {key: i for i, key in enumerate(keys)}
+        encoded = TASKS[scenario.task.name](base, list(keys), scenario)
+        self._labels = encoded.labels
         self.all = cached_features(
             base,
-            list(texts),
+            encoded.token_ids,
             head_blocks=base.head_blocks(scenario.model.head_blocks),
-            max_tokens=scenario.model.max_tokens,
             cache=feature_cache(),
             quiet=quiet,
         )
 
+    def public(self) -> Features:
+        """Backbone outputs of the texts the policy names as public."""
+        return self.all.select([self.row[key] for key in self._public])
+
+    def rows(self, records: Sequence[Record]) -> list[int]:
+        """Where the inputs of records stand in ``all``."""
+        return [self.row[record.key] for record in records]
+
     def of(self, records: Sequence[Record]) -> Features:
         """Backbone outputs of records, in their order."""
-        return self.all.select([self.row[record.text] for record in records])
+        return self.all.select(self.rows(records))
+
+    def targets(self, records: Sequence[Record]) -> Targets:
+        """What records are to predict, in their order."""
+        if self._labels is None:
+            return Scores([record.target for record in records])
+        return Labels([self._labels[row] for row in self.rows(records)])
 
 
 @dataclass
@@ -82,38 +108,47 @@ class Site:
     head: Head
     module: GradSampleModule | Head
     dataset: Dataset
-    row: dict[str, int]  # text -> row of inputs
+    texts: TextFeatures
     inputs: Features  # of every text, prepared for the head
     busy_s: float = field(default=0.0)  # time spent in the devices' own work, for the cost table
 
-    def shared_records(self, device: int) -> tuple[Features, Tensor]:
-        """The records one device trains the shared part on: backbone outputs and targets (n,)."""
+    def shared_records(self, device: int) -> tuple[Features, Targets]:
+        """The records one device trains the shared part on: prepared backbone outputs, and targets."""
         records = self.dataset.users[device].fit
-        rows = [self.row[record.text] for record in records]
-        return self.inputs.select(rows), torch.tensor([r.target for r in records], dtype=torch.float32)
+        return self.inputs.select(self.texts.rows(records)), self.texts.targets(records)
 
 
-@lru_cache(maxsize=4)
-def accepted_campaign(folder: str) -> Campaign:
-    """A campaign whose stated epsilon this device has certified itself; read once per process.
+@lru_cache(maxsize=64)
+def accepted_campaign(campaigns: str, policy_sha256: str) -> Campaign:
+    """The campaign a request names, among those this device knows; its stated epsilon is certified here, once.
+
+    Args:
+        campaigns: Folder of the campaigns, one folder each.
+        policy_sha256: Hash of the policy.
 
     Raises:
-        PrivacyError: The policy's constants do not give the epsilon it states.
+        RefusedError: ``POLICY``: none of them has this policy.
+        PrivacyError: The policy's constants do not give the epsilon it states, or its methods break rule P1.
+        CampaignError: The campaign's folder was altered, or its methods are not the ones installed here.
     """
-    campaign = read_campaign(Path(folder))
+    campaign = find_campaign(Path(campaigns), policy_sha256)
+    if campaign is None:
+        raise RefusedError("POLICY")
     check_price(campaign.policy)
+    check_compatible(campaign.scenario)
+    check_extensions(campaign.policy, campaign.scenario)
     return campaign
 
 
 @lru_cache(maxsize=2)
-def open_site(campaign_folder: str) -> Site:
-    """Load everything a process of devices needs, once."""
-    campaign = accepted_campaign(campaign_folder)
+def open_site(campaigns: str, policy_sha256: str) -> Site:
+    """Load everything a process of devices needs for one campaign, once; parameters as ``accepted_campaign``."""
+    campaign = accepted_campaign(campaigns, policy_sha256)
     scenario = campaign.scenario
     use_threads(scenario.performance.threads)
-    base = resident_base(scenario.model.base)
+    base = resident_base(scenario.model.base, scenario.performance.device)
     head = campaign.new_head(base)
-    load_start(head, campaign.start)
+    load_start(head.to(base.device), campaign.start)
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
     texts = TextFeatures(base, scenario, dataset)
     return Site(
@@ -122,6 +157,6 @@ def open_site(campaign_folder: str) -> Site:
         head=head,
         module=make_trainable(head, campaign.policy),
         dataset=dataset,
-        row=texts.row,
+        texts=texts,
         inputs=head.prepare(texts.all),
     )

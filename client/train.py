@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from opacus import GradSampleModule
-from torch import Tensor
 
 from client.optimizer import OPTIMIZERS
-from shared.adapter import Arrays, Head, load_shared, read_shared, shared_parameters
+from shared.adapter import Arrays, load_shared, read_shared, shared_parameters
 from shared.clipping import clip_by_norm
 from shared.errors import PrivacyError, RefusedError
 from shared.features import Features
+from shared.head import Head
 from shared.policy import Policy
+from shared.tasks import Targets
 
 _MAX_PADDING = 1.15  # padded over real tokens of one micro-batch: less costs more passes than it saves
 
@@ -29,7 +29,7 @@ def train_shared(
     module: GradSampleModule | Head,
     start: Arrays,
     features: Features,
-    targets: Tensor,
+    targets: Targets,
     *,
     policy: Policy,
     micro_batch: int,
@@ -42,7 +42,7 @@ def train_shared(
         module: The head, from ``make_trainable``; its trainable tensors are overwritten.
         start: The shared arrays of the request.
         features: Prepared backbone outputs of this device's records (n of them, 0 is allowed).
-        targets: (n,) float32.
+        targets: What they are to predict.
         policy: All constants; nothing is taken from n.
         micro_batch: Tokens per forward pass, padding included; does not change the sum.
         sampling: Source of the Poisson draws.
@@ -58,6 +58,7 @@ def train_shared(
         Releasing the change is ``policy.steps`` steps of the (Poisson-subsampled) Gaussian mechanism on the records.
     """
     head = module._module if isinstance(module, GradSampleModule) else module
+    device = head.device
     load_shared(head, start)
     optimizer = OPTIMIZERS[policy.trust](list(shared_parameters(head).values()), policy, noise)
     with quiet_hooks():
@@ -65,9 +66,9 @@ def train_shared(
             rows = _draw(len(targets), policy.sampling_rate, sampling)
             for batch in micro_batches(rows, features.lengths, micro_batch):
                 hidden, mask = features.batch(batch)  # (B, T, d), (B, T)
-                errors = module(hidden, mask) - targets[torch.from_numpy(batch)]  # (B,)
-                loss = 0.5 * (errors * errors).sum()  # a sum of per-sample losses: none touches another's gradient
-                loss.backward()
+                wanted = targets.batch(batch, hidden.shape[1])
+                losses = module(hidden.to(device), mask.to(device), wanted.to(device))  # (B,)
+                losses.sum().backward()  # a sum of per-sample losses: none touches another's gradient
                 optimizer.accumulate()
             try:
                 optimizer.step()

@@ -1,7 +1,7 @@
 """The coordinator's Flower ServerApp: rounds, checkpoints, and an optional observer who stands outside."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context
@@ -13,6 +13,7 @@ from server.strategy import EqualWeights
 from shared.adapter import Arrays
 from shared.campaign import Campaign, read_campaign
 from shared.errors import CampaignError
+from shared.flower import Metered, metered
 
 _NODE_WAIT_S = 120.0
 
@@ -24,13 +25,22 @@ def start_checkpoint(campaign: Campaign) -> Checkpoint:
 
 
 def run_rounds(
-    grid: Grid, campaign: Campaign, *, on_round: Callable[[EqualWeights], object] | None = None
+    grid: Metered,
+    campaign: Campaign,
+    *,
+    roster: Mapping[int, int],
+    start: Checkpoint | None = None,
+    fatal: Collection[str] = (),
+    on_round: Callable[[Checkpoint], object] | None = None,
 ) -> Checkpoint:
     """Run a campaign's rounds over any grid, with a checkpoint after each.
 
     Args:
         grid: Flower's way to the devices: the inline one, Ray's, or a SuperLink's.
         campaign: What was published.
+        roster: Node id -> seat of every device.
+        start: Where to go on; by default the public start.
+        fatal: Rejection codes that stop the campaign, see ``EqualWeights``.
         on_round: Called after every checkpoint; for an observer or a progress bar, it cannot change the campaign.
 
     Returns:
@@ -39,36 +49,38 @@ def run_rounds(
     Raises:
         CampaignError: Too few devices or too few good replies; finished rounds stay on disk.
     """
-    _wait_for_nodes(grid, campaign.policy.cohort_size)
-    strategy = EqualWeights(campaign, start_checkpoint(campaign))
+    if len(roster) < campaign.policy.cohort_size:
+        raise CampaignError(f"a round needs {campaign.policy.cohort_size} devices, the roster holds {len(roster)}.")
+    strategy = EqualWeights(campaign, start or start_checkpoint(campaign), roster=roster, fatal=fatal)
     nothing = ArrayRecord(), ConfigRecord()  # the strategy's checkpoint holds the arrays
-    for server_round in range(1, campaign.policy.rounds + 1):
+    for server_round in range(strategy.checkpoint.round_number + 1, campaign.policy.rounds + 1):
+        bytes_up, bytes_down = grid.bytes_up, grid.bytes_down
         requests = strategy.configure_train(server_round, *nothing, grid)
         replies = grid.send_and_receive(requests, timeout=campaign.scenario.federation.round_timeout_s)
         strategy.aggregate_train(server_round, replies)
+        strategy.count_bytes(up=grid.bytes_up - bytes_up, down=grid.bytes_down - bytes_down)
         save_checkpoint(campaign.folder / "checkpoints", strategy.checkpoint)
         if on_round:
-            on_round(strategy)
+            on_round(strategy.checkpoint)
     return strategy.checkpoint
 
 
-def _wait_for_nodes(grid: Grid, wanted: int) -> None:
+def wait_for_nodes(grid: Grid, wanted: int) -> list[int]:
+    """The node ids of the devices, once enough of them are there."""
     deadline = time.monotonic() + _NODE_WAIT_S
-    while (present := len(list(grid.get_node_ids()))) < wanted:
+    while len(nodes := sorted(grid.get_node_ids())) < wanted:
         if time.monotonic() > deadline:
-            raise CampaignError(f"a round needs {wanted} devices, got {present} after {_NODE_WAIT_S:.0f} s.")
+            raise CampaignError(f"a round needs {wanted} devices, got {len(nodes)} after {_NODE_WAIT_S:.0f} s.")
         time.sleep(0.1)
+    return nodes
 
 
-def make_server_app(*, on_round: Callable[[EqualWeights], object] | None = None) -> ServerApp:
-    """A ServerApp that runs the campaign its run config names."""
-    server_app = ServerApp()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        run_rounds(grid, read_campaign(Path(str(context.run_config["campaign"]))), on_round=on_round)
-
-    return server_app
+app = ServerApp()
 
 
-app = make_server_app()
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the campaign that the run config names; every node that is there at the start has a seat."""
+    campaign = read_campaign(Path(str(context.run_config["campaign"])))
+    nodes = wait_for_nodes(grid, campaign.policy.cohort_size)
+    run_rounds(metered(grid), campaign, roster={node: seat for seat, node in enumerate(nodes)})

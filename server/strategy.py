@@ -1,7 +1,8 @@
 """Who is asked, what is accepted, how it is averaged: the server's side of one round."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -9,10 +10,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from server.aggregate import SERVER_OPTIMIZERS, mean_update
-from server.checkpoint import Checkpoint
+from server.checkpoint import Checkpoint, Counts
 from server.gate import RejectedReply, check_reply
 from shared import wire
-from shared.adapter import MAX_ABS_VALUE, within_bound
+from shared.adapter import MAX_ABS_VALUE, Arrays, within_bound
 from shared.campaign import Campaign
 from shared.errors import CampaignError
 
@@ -26,6 +27,9 @@ class EqualWeights(Strategy):
     Args:
         campaign: Policy and settings.
         checkpoint: Where to go on from.
+        roster: Node id -> the device's seat, its fixed number in the public roster. Node ids are Flower's and may
+            change from run to run; who is asked, and the order of a sum, depend on seats alone.
+        fatal: Rejection codes that stop the campaign at once instead of losing one device.
 
     Attributes:
         checkpoint: The state after the last finished round.
@@ -33,13 +37,22 @@ class EqualWeights(Strategy):
         rejected: Replies not used in the last round, by code.
     """
 
-    def __init__(self, campaign: Campaign, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        campaign: Campaign,
+        checkpoint: Checkpoint,
+        *,
+        roster: Mapping[int, int],
+        fatal: Collection[str] = (),
+    ) -> None:
         self.campaign = campaign
         self.checkpoint = checkpoint
+        self._roster = roster
+        self._fatal = frozenset(fatal)
         self.accepted = 0
         self.rejected: Counter[str] = Counter()
         self._policy_sha256 = campaign.policy.sha256
-        self._cohort: list[int] = []
+        self._cohort: dict[int, int] = {}  # node id -> seat
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -50,18 +63,19 @@ class EqualWeights(Strategy):
             self.checkpoint.arrays, round_number=server_round, policy_sha256=self._policy_sha256
         )
         timeout_s = self.campaign.scenario.federation.round_timeout_s
-        for node in self._choose_cohort(server_round, sorted(grid.get_node_ids())):
+        self._cohort = self._choose_cohort(server_round, [n for n in grid.get_node_ids() if n in self._roster])
+        for node in self._cohort:
             # ttl and group keep a device that comes back late from answering an old round
             yield Message(content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(server_round))
 
-    def _choose_cohort(self, server_round: int, nodes: list[int]) -> list[int]:
+    def _choose_cohort(self, server_round: int, nodes: list[int]) -> dict[int, int]:
         """The devices asked least often so far, ties broken by a seeded shuffle: nobody is asked twice in a pass."""
         counts = self.checkpoint.participations
         seed = self.campaign.scenario.seed
-        shuffled = np.random.default_rng([seed, server_round]).permutation(nodes).tolist()
-        cohort = sorted(shuffled, key=lambda node: counts.get(node, 0))[: self.campaign.policy.cohort_size]
-        self._cohort = cohort
-        return cohort
+        node_at = {self._roster[node]: node for node in nodes}
+        shuffled = np.random.default_rng([seed, server_round]).permutation(sorted(node_at)).tolist()
+        seats = sorted(shuffled, key=lambda seat: counts.get(seat, 0))[: self.campaign.policy.cohort_size]
+        return {node_at[seat]: seat for seat in seats}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -69,29 +83,37 @@ class EqualWeights(Strategy):
         """Pass replies through the gate, average the good ones, move the shared arrays.
 
         Raises:
-            CampaignError: Fewer good replies than ``federation.min_reply_share`` of the cohort.
+            CampaignError: Fewer good replies than ``federation.min_reply_share`` of the cohort, or a fatal one.
         """
         policy, federation = self.campaign.policy, self.campaign.scenario.federation
         self.rejected = Counter()
-        updates = {}
+        updates: dict[int, Arrays] = {}
         for reply in replies:
-            node = reply.metadata.src_node_id
+            seat = self._cohort.get(reply.metadata.src_node_id)
             try:
-                if node in updates or node not in self._cohort:
-                    raise RejectedReply("DUPLICATE" if node in updates else "NOT_ASKED")
-                updates[node] = check_reply(
+                if reply.has_error():  # made by Flower, and not always in the device's name
+                    raise RejectedReply("ERROR")
+                if seat is None or seat in updates:
+                    raise RejectedReply("NOT_ASKED" if seat is None else "DUPLICATE")
+                updates[seat] = check_reply(
                     reply, policy=policy, policy_sha256=self._policy_sha256, round_number=server_round
                 )
             except RejectedReply as rejection:
                 self.rejected[rejection.code] += 1
         self.accepted = len(updates)
+        broken = sorted(self._fatal & set(self.rejected))
+        if broken:
+            raise CampaignError(
+                f"every device must answer in a simulation; in round {server_round} {self.rejected[broken[0]]} did not "
+                f"({broken[0]}): its log says where. Finished rounds are kept; mend the cause and go on with --resume."
+            )
         if self.accepted < federation.min_reply_share * policy.cohort_size:
             raise CampaignError(
                 f"round {server_round} needs {federation.min_reply_share:.0%} of {policy.cohort_size} replies, got "
                 f"{self.accepted} (rejected: {dict(self.rejected) or 'none'}); the last checkpoint is kept."
             )
         # Sorted, so that the sum does not depend on the order in which replies came in.
-        mean = mean_update((updates[node] for node in sorted(updates)), denominator=policy.cohort_size)
+        mean = mean_update((updates[seat] for seat in sorted(updates)), denominator=policy.cohort_size)
         arrays, optimizer = SERVER_OPTIMIZERS[federation.server_optimizer](
             self.checkpoint.arrays, self.checkpoint.optimizer, mean, federation
         )
@@ -101,9 +123,18 @@ class EqualWeights(Strategy):
                 "diverged or a device sent poison. Lower the learning rates; the last checkpoint is kept."
             )
         counts = dict(self.checkpoint.participations)
-        counts.update({node: counts.get(node, 0) + 1 for node in self._cohort})
-        self.checkpoint = Checkpoint(server_round, self._policy_sha256, arrays, optimizer, counts)
+        counts.update({seat: counts.get(seat, 0) + 1 for seat in self._cohort.values()})
+        latest = Counts(self.accepted, dict(self.rejected))
+        self.checkpoint = Checkpoint(
+            server_round, self._policy_sha256, arrays, optimizer, counts, latest, self.checkpoint.total + latest
+        )
         return None, None
+
+    def count_bytes(self, *, up: int, down: int) -> None:
+        """Add what the last round sent to its checkpoint; only the grid knows."""
+        sent = Counts(bytes_up=up, bytes_down=down)
+        latest, total = self.checkpoint.latest + sent, self.checkpoint.total + sent
+        self.checkpoint = replace(self.checkpoint, latest=latest, total=total)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

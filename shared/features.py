@@ -1,6 +1,6 @@
 """Backbone outputs, computed once per distinct text and memory-mapped from disk ever after.
 
-Key: (base hash, cut, longest text) names the folder, the text's hash the entry. A shard is one ``.npy`` matrix and one
+Key: (base hash, cut) names the folder, the hash of the token ids the entry. A shard is one ``.npy`` matrix and one
 ``.json`` index that is written last, so an interrupted run leaves a shard that does not exist. The frozen backbone
 never changes, so an entry is good for every round, epoch, sweep and seed.
 """
@@ -64,11 +64,20 @@ def compute_features(
     *,
     head_blocks: int,
     max_tokens: int,
+) -> Features:
+    """Run the backbone over texts without any cache; see ``compute_hidden``."""
+    return compute_hidden(base, base.tokenize(texts, max_tokens=max_tokens), head_blocks=head_blocks)
+
+
+def compute_hidden(
+    base: Base,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    head_blocks: int,
     on_progress: Callable[[int], object] | None = None,
 ) -> Features:
-    """Run the backbone over texts without any cache, sorted by length so that padding stays small."""
-    token_ids = base.tokenize(texts, max_tokens=max_tokens)
-    order = sorted(range(len(texts)), key=lambda i: len(token_ids[i]))
+    """Run the backbone over token ids without any cache, sorted by length so that padding stays small."""
+    order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
     arrays: dict[int, np.ndarray] = {}
     start = 0
     while start < len(order):
@@ -81,42 +90,39 @@ def compute_features(
             arrays[row] = hidden[i, :length].copy()
         if on_progress:
             on_progress(len(rows))
-    return Features([arrays[i] for i in range(len(texts))])
+    return Features([arrays[i] for i in range(len(token_ids))])
 
 
 @torch.inference_mode()
-def _run_backbone(base: Base, token_ids: list[list[int]], *, head_blocks: int) -> np.ndarray:
+def _run_backbone(base: Base, token_ids: Sequence[Sequence[int]], *, head_blocks: int) -> np.ndarray:
     longest = max(len(ids) for ids in token_ids)
-    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in token_ids])  # (B, T); padding is masked
-    mask = torch.tensor([[True] * len(ids) + [False] * (longest - len(ids)) for ids in token_ids])
-    hidden: np.ndarray = base.backbone(padded, mask, head_blocks=head_blocks).numpy()
-    return hidden
+    padded = torch.zeros(len(token_ids), longest, dtype=torch.int64)  # (B, T); which token pads is of no account
+    mask = torch.zeros(len(token_ids), longest, dtype=torch.bool)
+    for i, ids in enumerate(token_ids):
+        padded[i, : len(ids)], mask[i, : len(ids)] = torch.tensor(ids), True
+    hidden = base.backbone(padded.to(base.device), mask.to(base.device), head_blocks=head_blocks)
+    out: np.ndarray = hidden.cpu().numpy()
+    return out
 
 
 def cached_features(
-    base: Base, texts: Sequence[str], *, head_blocks: int, max_tokens: int, cache: Path, quiet: bool = False
+    base: Base, token_ids: Sequence[Sequence[int]], *, head_blocks: int, cache: Path, quiet: bool = False
 ) -> Features:
-    """Backbone outputs of texts, computing and storing only what the cache does not hold yet.
+    """Backbone outputs of token ids, computing and storing only what the cache does not hold yet.
 
     Args:
         cache: Folder for all bases and cuts; this base and cut get a folder of their own in it.
 
     Returns:
-        One entry per text, equal texts sharing one array.
+        One entry per sequence of ids, equal ones sharing one array.
     """
-    folder = cache / f"{base.sha256[:16]}-blocks{head_blocks}-tokens{max_tokens}"
-    keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    folder = cache / f"{base.sha256[:16]}-blocks{head_blocks}"
+    keys = [hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest() for ids in token_ids]
     known = _open_shards(folder)
-    missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+    missing = {key: ids for key, ids in zip(keys, token_ids, strict=True) if key not in known}
     if missing:
         with progress(total=len(missing), description="backbone", unit="text", quiet=quiet) as bar:
-            fresh = compute_features(
-                base,
-                list(missing.values()),
-                head_blocks=head_blocks,
-                max_tokens=max_tokens,
-                on_progress=bar.update,
-            )
+            fresh = compute_hidden(base, list(missing.values()), head_blocks=head_blocks, on_progress=bar.update)
         try:
             _write_shard(folder, list(missing), fresh)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Score rating predictions, with intervals from a bootstrap over users.
+"""Score rating predictions, with intervals from a bootstrap over users. Metrics stand in ``METRICS`` by name.
 
 Ratings of one user hang together, so users are resampled and not ratings. Every statistic is a function of
 a few sums per user; a resample is then one row of counts, "how often was each user drawn", and all resamples
@@ -7,12 +7,15 @@ are one matrix product. Of the ``n`` users in ascending order, resample ``r`` dr
 rows scored apart are paired.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from shared.errors import ScenarioError
+from shared.registry import describe, lookup
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -27,6 +30,109 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class Described:
+    """A metric for people: what it is, and whether less or more of it is better."""
+
+    description: str
+    better: Literal["less", "more"] = "less"
+
+
+def described(name: str) -> Described:
+    """What a metric says of itself: its docstring's first line, and an attribute ``better`` where more is better."""
+    metric = lookup("metrics", name, METRICS, Callable)
+    return Described(describe(metric), getattr(metric, "better", "less"))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row of the report as a metric sees it: n ratings of U users.
+
+    Attributes:
+        predictions: (n,), clipped to the scale.
+        targets: (n,).
+        index: Position of each rating's user among the users (n,).
+        count: Ratings of each user (U,).
+        reference: Predictions (n,) of the row that a user gains against, or None.
+    """
+
+    predictions: Floats
+    targets: Floats
+    index: Ints
+    count: Floats
+    reference: Floats | None = None
+
+    def user_sums(self, values: npt.NDArray[Any]) -> Floats:
+        """A value per rating (n,) -> its sum over each user (U,)."""
+        return np.asarray(np.bincount(self.index, values), dtype=np.float64)
+
+    def by_user(self) -> Iterator[tuple[Floats, Floats]]:
+        """Predictions and targets of each user, in the order of the users."""
+        order = np.argsort(self.index, kind="stable")
+        for rows in np.split(order, np.cumsum(self.count[:-1]).astype(np.int64)):
+            yield self.predictions[rows], self.targets[rows]
+
+
+Statistic = Callable[[Floats], Floats]  # draws (R, U), how often each user counts -> its R values
+Metric = Callable[[Scored], Statistic | None]  # None: not defined for this row
+
+
+def over_ratings(rows: Scored, values: npt.NDArray[Any]) -> Statistic:
+    """Mean of a value per rating (n,) over all ratings drawn."""
+    sums = rows.user_sums(values)
+    return lambda draws: np.asarray(draws @ sums / (draws @ rows.count))
+
+
+def over_users(values: npt.ArrayLike) -> Statistic:
+    """Mean of a value per user (U,) over the users drawn."""
+    each = np.asarray(values, dtype=np.float64)
+    return lambda draws: np.asarray(draws @ each / each.size)
+
+
+def _rmse(rows: Scored) -> Statistic:
+    """Root mean squared error over all ratings."""
+    mse = over_ratings(rows, (rows.predictions - rows.targets) ** 2)
+    return lambda draws: np.sqrt(mse(draws))
+
+
+def _mae(rows: Scored) -> Statistic:
+    """Mean absolute error over all ratings."""
+    return over_ratings(rows, np.abs(rows.predictions - rows.targets))
+
+
+def _accuracy(rows: Scored) -> Statistic:
+    """Share of predictions whose nearest whole rating is the target."""
+    return over_ratings(rows, np.floor(rows.predictions + 0.5) == rows.targets)
+
+
+def _user_rmse(rows: Scored) -> Statistic:
+    """Mean over users of each user's RMSE."""
+    return over_users(_rmse_of_users(rows, rows.predictions))
+
+
+def _worst_decile_rmse(rows: Scored) -> Statistic:
+    """Mean over the worst tenth of the users of each user's RMSE."""
+    per_user = _rmse_of_users(rows, rows.predictions)
+    return lambda draws: worst_decile(per_user, draws)
+
+
+def _share_gaining(rows: Scored) -> Statistic | None:
+    """Share of users with an RMSE strictly below the reference row's."""
+    if rows.reference is None:
+        return None
+    return over_users(_rmse_of_users(rows, rows.predictions) < _rmse_of_users(rows, rows.reference))
+
+
+METRICS: dict[str, Metric] = {
+    "rmse": _rmse,
+    "mae": _mae,
+    "accuracy": _accuracy,
+    "user_rmse": _user_rmse,
+    "worst_decile": _worst_decile_rmse,
+    "share_gaining": _share_gaining,
+}
+
+
 def score_row(
     predictions: npt.NDArray[Any],
     targets: npt.NDArray[Any],
@@ -35,6 +141,7 @@ def score_row(
     reference: npt.NDArray[Any] | None = None,
     seed: int,
     resamples: int = 2000,
+    metrics: Sequence[str] = tuple(METRICS),
 ) -> dict[str, Interval]:
     """Score one row of the report: every metric with its interval.
 
@@ -45,15 +152,17 @@ def score_row(
         reference: Predictions (n,) of the row that a user gains against; None leaves ``share_gaining`` out.
         seed: Of the bootstrap; the same for rows that are to be paired.
         resamples: Of the bootstrap; needs 16 bytes x resamples x users of memory.
+        metrics: Keys of ``METRICS`` or names that installed packages register.
 
     Returns:
-        Pooled over ratings: ``rmse``, ``mae`` and ``accuracy``, the share of predictions whose nearest whole
-        rating (halves round up) is the target. Over users: ``user_rmse``, the mean of each user's RMSE;
-        ``worst_decile``, its mean over the ceil(users / 10) worst; ``share_gaining``, the share with an RMSE
-        strictly below the reference's.
+        A value for each metric. The built-in ones, pooled over ratings: ``rmse``, ``mae`` and ``accuracy``, the share
+        of predictions whose nearest whole rating (halves round up) is the target. Over users: ``user_rmse``, the mean
+        of each user's RMSE; ``worst_decile``, its mean over the ceil(users / 10) worst; ``share_gaining``, the share
+        with an RMSE strictly below the reference's.
 
     Raises:
         ValueError: Shapes differ, an array is empty or not finite, users are no integers, resamples < 1.
+        ScenarioError: A metric is unknown, broken, or gives a value that is not finite.
 
     Source:
         Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentile interval); here the
@@ -66,24 +175,21 @@ def score_row(
     """
     predictions, targets, users = _checked(predictions, targets, users)
     index, n = _by_user(users)
-    errors = predictions - targets
-    sse = np.bincount(index, errors**2)  # (U,)
-    absolute = np.bincount(index, np.abs(errors))
-    hits = np.bincount(index, np.floor(predictions + 0.5) == targets)
-    per_user = np.sqrt(sse / n)
-    # Each statistic maps draws (R, U), how often each user counts, to its R values.
-    statistics: dict[str, Callable[[Floats], Floats]] = {
-        "rmse": lambda draws: np.sqrt(draws @ sse / (draws @ n)),
-        "mae": lambda draws: draws @ absolute / (draws @ n),
-        "accuracy": lambda draws: draws @ hits / (draws @ n),
-        "user_rmse": lambda draws: draws @ per_user / n.size,
-        "worst_decile": lambda draws: _worst_decile(per_user, draws),
-    }
     if reference is not None:
-        gains = (per_user < user_rmse(reference, targets, users)).astype(np.float64)
-        statistics["share_gaining"] = lambda draws: draws @ gains / n.size
-    draws = _draws(n.size, seed=seed, resamples=resamples)
-    return {name: _interval(statistic, draws) for name, statistic in statistics.items()}
+        reference, _, _ = _checked(reference, targets, users)
+    rows = Scored(predictions, targets, index, n, reference)
+    draws = draw_users(n.size, seed=seed, resamples=resamples)
+    found = {name: lookup("metrics", name, METRICS, Callable)(rows) for name in metrics}
+    for name, statistic in found.items():
+        if not (statistic is None or callable(statistic)):
+            raise ScenarioError(
+                f"metric {name!r} must give a function of draws, as over_users does, got {type(statistic).__name__}."
+            )
+    scores = {name: interval(statistic, draws) for name, statistic in found.items() if statistic is not None}
+    for name, score in scores.items():
+        if not np.isfinite([score.value, score.low, score.high]).all():
+            raise ScenarioError(f"metric {name!r} must give finite values, got {score.value}; mend it or leave it out.")
+    return scores
 
 
 def paired_difference(
@@ -121,7 +227,7 @@ def paired_difference(
         ratings = draws @ n
         return np.asarray(np.sqrt(draws @ sse_a / ratings) - np.sqrt(draws @ sse_b / ratings))
 
-    return _interval(difference, _draws(n.size, seed=seed, resamples=resamples))
+    return interval(difference, draw_users(n.size, seed=seed, resamples=resamples))
 
 
 def user_rmse(predictions: npt.NDArray[Any], targets: npt.NDArray[Any], users: npt.NDArray[Any]) -> Floats:
@@ -177,7 +283,7 @@ def _by_user(users: Ints) -> tuple[Ints, Floats]:
     return index, n.astype(np.float64)
 
 
-def _draws(num_users: int, *, seed: int, resamples: int) -> Floats:
+def draw_users(num_users: int, *, seed: int, resamples: int) -> Floats:
     """How often each resample draws each user, (resamples, num_users); every row sums to num_users."""
     if not resamples >= 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}; 2000 is a common choice.")
@@ -187,7 +293,11 @@ def _draws(num_users: int, *, seed: int, resamples: int) -> Floats:
     return counts.reshape(resamples, num_users).astype(np.float64)
 
 
-def _worst_decile(per_user: Floats, draws: Floats) -> Floats:
+def _rmse_of_users(rows: Scored, predictions: Floats) -> Floats:
+    return np.sqrt(rows.user_sums((predictions - rows.targets) ** 2) / rows.count)
+
+
+def worst_decile(per_user: Floats, draws: Floats) -> Floats:
     """Mean of the worst ceil(U / 10) values of each resample of the U users, drawn with repetition."""
     worst_first = np.argsort(-per_user, kind="stable")
     size = -(-per_user.size // 10)
@@ -196,7 +306,7 @@ def _worst_decile(per_user: Floats, draws: Floats) -> Floats:
     return np.asarray(np.diff(taken, axis=1, prepend=0.0) @ per_user[worst_first] / size)
 
 
-def _interval(statistic: Callable[[Floats], Floats], draws: Floats) -> Interval:
+def interval(statistic: Callable[[Floats], Floats], draws: Floats) -> Interval:
     """The statistic on all users once, and the percentiles 2.5 and 97.5 of it over the draws."""
     low, high = np.quantile(statistic(draws), [0.025, 0.975])
     everyone = np.ones((1, draws.shape[1]))

@@ -12,20 +12,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import BertModel, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from shared.errors import AssetError, ScenarioError
+from shared.registry import lookup, names
 
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
+@runtime_checkable
 class Family(Protocol):
     """What the rest of the project needs to know of one model architecture."""
 
@@ -38,30 +40,25 @@ class Family(Protocol):
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The model's blocks, lowest first."""
 
-    def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
-        """One block: hidden (B, T, d) and mask (B, T), True at real tokens -> hidden (B, T, d)."""
+    def run(self, model: nn.Module, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
+        """One block: hidden (B, T, d) and mask (B, T), True at real tokens -> hidden (B, T, d).
+
+        ``block`` may be a copy of one of the model's; padding stands on the right.
+        """
+
+    def finish(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """What the model does after its last block, hidden (B, T, d) -> states (B, T, d)."""
+
+    def vocabulary(self, model: nn.Module) -> Tensor | None:
+        """Weight (V, d) that turns states into logits, None where the model predicts no tokens."""
 
 
 class BertFamily:
     """BERT and its distillates (MiniLM): bidirectional, post-norm encoder blocks."""
 
     def load(self, folder: Path) -> nn.Module:  # noqa: D102
-        # The checkpoint's pooler is not ours; transformers would say so, and draw a bar, on every load.
-        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        loaded: Any = BertModel.from_pretrained(
-            folder,
-            add_pooling_layer=False,
-            local_files_only=True,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-        model: nn.Module = loaded[0]
-        missing = sorted(loaded[1]["missing_keys"])
-        if missing:  # transformers would fill them at random, in silence
-            raise AssetError(f"model.safetensors must hold every weight, {missing[0]} is missing.")
-        return model
+        # The checkpoint's pooler is not ours.
+        return _load_whole(BertModel, folder, add_pooling_layer=False)
 
     def embed(self, model: nn.Module, token_ids: Tensor) -> Tensor:  # noqa: D102
         hidden: Tensor = model.embeddings(input_ids=token_ids)  # type: ignore[operator]
@@ -73,12 +70,75 @@ class BertFamily:
             raise AssetError(f"a BERT encoder must hold its blocks in encoder.layer, got {type(layers).__name__}.")
         return layers
 
-    def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:  # noqa: D102
+    def run(self, model: nn.Module, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:  # noqa: D102
+        del model
         out: Tensor = block(hidden, attention_mask=mask[:, None, None, :])  # (B, 1, 1, T): keys a query may see
         return out
 
+    def finish(self, model: nn.Module, hidden: Tensor) -> Tensor:  # noqa: D102
+        del model
+        return hidden  # each block ends with its own norm
 
-FAMILIES: dict[str, Family] = {"bert": BertFamily()}
+    def vocabulary(self, model: nn.Module) -> Tensor | None:  # noqa: D102
+        del model
+        return None
+
+
+class LlamaFamily:
+    """Llama and what is built like it (SmolLM2): causal, pre-norm decoder blocks with rotary positions."""
+
+    def load(self, folder: Path) -> nn.Module:  # noqa: D102
+        return _load_whole(LlamaForCausalLM, folder)
+
+    def embed(self, model: nn.Module, token_ids: Tensor) -> Tensor:  # noqa: D102
+        hidden: Tensor = model.model.embed_tokens(token_ids)  # type: ignore[union-attr, operator]
+        return hidden
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:  # noqa: D102
+        layers = model.model.layers  # type: ignore[union-attr]
+        if not isinstance(layers, nn.ModuleList):
+            raise AssetError(f"a Llama must hold its blocks in model.layers, got {type(layers).__name__}.")
+        return layers
+
+    def run(self, model: nn.Module, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:  # noqa: D102
+        length = hidden.shape[1]
+        positions = torch.arange(length, device=hidden.device)[None]  # (1, T)
+        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        # A padded query sees the first token at least: a row without any key would be NaN.
+        visible = causal[None, None] & mask[:, None, None, :]  # (B, 1, T, T)
+        rotary = model.model.rotary_emb(hidden, positions)  # type: ignore[union-attr, operator]
+        out: Tensor = block(hidden, attention_mask=visible, position_ids=positions, position_embeddings=rotary)
+        return out
+
+    def finish(self, model: nn.Module, hidden: Tensor) -> Tensor:  # noqa: D102
+        states: Tensor = model.model.norm(hidden)  # type: ignore[operator, arg-type]
+        return states
+
+    def vocabulary(self, model: nn.Module) -> Tensor | None:  # noqa: D102
+        weight: Tensor = model.lm_head.weight  # type: ignore[union-attr, assignment]
+        return weight
+
+
+def _load_whole(kind: Any, folder: Path, **options: object) -> nn.Module:
+    """Load a transformers model in float32 and make sure that nothing of it was filled at random."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it reports what is none of ours
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model, info = kind.from_pretrained(
+        folder,
+        local_files_only=True,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        **options,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would fill them at random, in silence
+        raise AssetError(f"model.safetensors must hold every weight, {missing[0]} is missing.")
+    loaded: nn.Module = model
+    return loaded
+
+
+FAMILIES: dict[str, Family] = {"bert": BertFamily(), "llama": LlamaFamily()}
 
 
 @dataclass(frozen=True)
@@ -89,6 +149,9 @@ class Base:
         sha256: Hash over the files that decide its outputs; binds caches, policies and personal heads to it.
         pooling: ``mean`` over real tokens or the first (``cls``) token, as the model's own files say.
         normalize: Whether the pooled features are scaled to unit L2 norm, as the model's own files say.
+        eos_id: Token that ends a text, None where the model's files name none. It is often the padding token too, so
+            what is padding is told by masks and lengths, never by the id.
+        positions: The longest text it knows positions for, in tokens.
     """
 
     family: Family
@@ -99,6 +162,13 @@ class Base:
     hidden_size: int
     pooling: Literal["mean", "cls"]
     normalize: bool
+    eos_id: int | None = None
+    positions: int = 512
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
 
     @property
     def num_blocks(self) -> int:
@@ -128,11 +198,12 @@ class Base:
         """What enters the head: (B, T, d) hidden states, or (B, 1, d) pooled features when ``head_blocks`` is 0."""
         hidden = self.family.embed(self.model, token_ids)  # (B, T, d)
         for block in self.family.blocks(self.model)[: self.num_blocks - head_blocks]:
-            hidden = self.family.run(block, hidden, mask)
+            hidden = self.family.run(self.model, block, hidden, mask)
         return hidden if head_blocks else self.pool(hidden, mask)[:, None, :]
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (B, T, d) -> one feature vector a text (B, d)."""
+        """Output of the last block (B, T, d) -> one feature vector a text (B, d)."""
+        hidden = self.family.finish(self.model, hidden)
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
@@ -157,7 +228,7 @@ def load_base(folder: Path) -> Base:
         raise AssetError(f"{folder} must hold {', '.join(BASE_FILES)}; missing: {', '.join(missing)}.")
     try:
         return _load_base(folder)
-    except AssetError:
+    except (AssetError, ScenarioError):
         raise
     except Exception as error:  # transformers and tokenizers raise whatever a broken file makes them stumble over
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -166,18 +237,31 @@ def load_base(folder: Path) -> Base:
 
 def _load_base(folder: Path) -> Base:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = FAMILIES.get(config.get("model_type"))
-    if family is None:
+    known = names("families", FAMILIES)
+    if config.get("model_type") not in known:
         raise AssetError(
-            f"{folder} must be a model of a known family ({', '.join(FAMILIES)}), got {config.get('model_type')!r}."
+            f"{folder} must be a model of a known family ({', '.join(known)}), got {config.get('model_type')!r}."
         )
+    family = lookup("families", config["model_type"], FAMILIES, Family)
     model = family.load(folder).eval().requires_grad_(False)
     broken = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
     if broken:
         raise AssetError(f"{folder} must hold finite weights, {broken[0]} holds NaN or infinity; fetch it again.")
     pooling, normalize = _read_pooling(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return Base(family, model, tokenizer, _hash_base(folder), folder, int(config["hidden_size"]), pooling, normalize)
+    eos = config.get("eos_token_id")
+    return Base(
+        family,
+        model,
+        tokenizer,
+        _hash_base(folder),
+        folder,
+        int(config["hidden_size"]),
+        pooling,
+        normalize,
+        eos[0] if isinstance(eos, list) else eos,
+        int(config["max_position_embeddings"]),
+    )
 
 
 def _read_pooling(folder: Path) -> tuple[Literal["mean", "cls"], bool]:

@@ -12,9 +12,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from shared.accounting import Mechanism, calibrate_noise, epsilon
-from shared.adapter import SHARED_PARTS, Arrays, Slot
+from shared.adapter import Arrays, Slot
 from shared.config import Scenario
+from shared.datasets import READERS
 from shared.errors import CampaignError, PrivacyError
+from shared.lora import FEDERATION_METHODS, TECHNIQUES
+from shared.registry import BUILT_IN, KINDS, check_name, lookup, origin
 
 PROTOCOL = 1
 # Where a device's contribution is cut even after noise, so that the gate has a public bound: no device is expected to
@@ -28,6 +31,7 @@ class Policy(BaseModel):
     """The constants of one campaign. The equation they enter: see ``client.train``.
 
     Attributes:
+        campaign: Its name: two campaigns never share a policy, nor a device's count of rounds.
         noise_multiplier: Standard deviation of the noise in units of ``clip_norm``; 0 only under trust ``none``.
         sampling_rate: Probability with which each record enters a step, independently (Poisson); 1 = all of them.
         steps: Noisy steps per round, exactly this many.
@@ -35,11 +39,13 @@ class Policy(BaseModel):
         max_participations: Rounds a device may join in the whole campaign.
         max_update_norm: L2 bound on what a device sends.
         slots: The tensors that may travel: (name, shape), float32, in this order, and nothing else.
+        extensions: Choices that are not built in, each with package and version, so that a device sees them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     protocol: int
+    campaign: str
     trust: Literal["local", "none"]
     unit: Literal["record"]
     relation: Literal["add-or-remove-one"]
@@ -63,6 +69,7 @@ class Policy(BaseModel):
     start_sha256: str
     public_texts_sha256: str
     slots: tuple[tuple[str, tuple[int, ...]], ...]
+    extensions: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -128,6 +135,7 @@ def make_policy(
     bound = per_record * (_RECORDS_BOUND + noise_multiplier * (size**0.5 + _NOISE_TAIL))
     return Policy(
         protocol=PROTOCOL,
+        campaign=f"{scenario.name}, seed {scenario.seed}",
         trust=privacy.trust,
         unit=privacy.unit,
         relation="add-or-remove-one",
@@ -151,25 +159,58 @@ def make_policy(
         start_sha256=hash_arrays(start),
         public_texts_sha256=hashlib.sha256("\0".join(public_texts).encode()).hexdigest(),
         slots=tuple((slot.name, slot.shape) for slot in slots),
+        extensions=extensions(scenario),
     )
 
 
 # Rule P1 at record level: the shared step reads base, public start, shared tensors, policy and raw records, never a
-# tensor trained without noise on the same records. Per personal method: the federation methods it may follow.
-_SEQUENTIAL = frozenset(SHARED_PARTS)
-COMPATIBLE_AT_RECORD_LEVEL: dict[str, frozenset[str]] = {"none": _SEQUENTIAL, "fine-tune": _SEQUENTIAL}
+# tensor trained without noise on the same records. A federation method is data (``FederationMethod``) and cannot read
+# more; a personal method says of itself whether it is read. Ours are named here, for a server has no client code.
+SEQUENTIAL: tuple[str, ...] = ("none", "fine-tune")
 
 
 def check_compatible(scenario: Scenario) -> None:
-    """Raise ``PrivacyError`` where a personal method would reach back into the shared, accounted step (rule P1)."""
-    if scenario.privacy.trust == "none":
+    """Raise ``PrivacyError`` where a personal method would reach back into the shared, accounted step (rule P1).
+
+    One from outside must declare ``read_by_shared_step = False``; a missing or any other value refuses.
+    """
+    method = scenario.personal.method
+    if scenario.privacy.trust == "none" or read_by_shared_step(method) is False:
         return
-    allowed = COMPATIBLE_AT_RECORD_LEVEL.get(scenario.personal.method, frozenset())
-    if scenario.federation.method not in allowed:
-        fitting = sorted(p for p, f in COMPATIBLE_AT_RECORD_LEVEL.items() if scenario.federation.method in f)
-        raise PrivacyError(
-            f"personal.method = {scenario.personal.method!r} with federation.method = {scenario.federation.method!r} "
-            f"is not private at unit {scenario.privacy.unit!r}; allowed personal methods here: {fitting}."
+    raise PrivacyError(
+        f"personal.method = {method!r} with federation.method = {scenario.federation.method!r} is not private at unit "
+        f"{scenario.privacy.unit!r}; allowed personal methods here: {list(SEQUENTIAL)}, "
+        "or one that declares read_by_shared_step = False."
+    )
+
+
+def read_by_shared_step(personal_method: str) -> object:
+    """What a personal method declares; only ``False`` means that shared training never reads what it fits."""
+    ours = dict.fromkeys(SEQUENTIAL, False)
+    if check_name("personal_methods", personal_method, ours) is None:
+        return False
+    return getattr(lookup("personal_methods", personal_method, {}, object), "read_by_shared_step", None)
+
+
+def extensions(scenario: Scenario) -> tuple[str, ...]:
+    """Every choice of a scenario that is not built in, with its package: ``personal method 'x' of PACKAGE VERSION``."""
+    chosen = (
+        ("federation_methods", scenario.federation.method, FEDERATION_METHODS),
+        ("personal_methods", scenario.personal.method, SEQUENTIAL),
+        ("techniques", scenario.adapter.technique, TECHNIQUES),
+        ("readers", scenario.data.format, READERS),
+    )
+    origins = [(kind, name, origin(kind, name, own)) for kind, name, own in chosen]
+    return tuple(f"{KINDS[kind]} {name!r} of {where}" for kind, name, where in origins if where != BUILT_IN)
+
+
+def check_extensions(policy: Policy, scenario: Scenario) -> None:
+    """Raise ``CampaignError`` unless this machine has exactly the packages a policy names for its scenario."""
+    found = extensions(scenario)
+    if found != policy.extensions:
+        raise CampaignError(
+            f"the policy names {', '.join(policy.extensions) or 'no extension'}; here is "
+            f"{', '.join(found) or 'none'}. Install what the policy names."
         )
 
 

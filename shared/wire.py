@@ -55,6 +55,19 @@ class MalformedError(ValueError):
         self.code = code
 
 
+def named_policy(content: RecordDict) -> str:
+    """Hash of the policy a message names; nothing else of it is looked at.
+
+    Raises:
+        MalformedError: ``SCHEMA``: it names none.
+    """
+    config = content.get(CONFIG)
+    policy = config.get("policy") if isinstance(config, ConfigRecord) else None
+    if type(policy) is not str:
+        raise MalformedError("SCHEMA")
+    return policy
+
+
 def unpack(content: RecordDict, slots: Sequence[Slot]) -> tuple[Arrays, int, str]:
     """Arrays, round and policy hash of a request or a reply.
 

@@ -1,12 +1,8 @@
-"""The rows every report carries beside the federated ones; each says what it may see.
-
-None of them is private except ``local``, which sends nothing.
-"""
+"""The rows every report carries beside the federated ones; each says what it may see. None of them is private."""
 
 import numpy as np
 
-from shared.config import Scenario
-from simulations.observe import Rows, predict_personal
+from simulations.rows import Rows
 
 
 def constant(train: Rows, test: Rows) -> np.ndarray:
@@ -38,20 +34,3 @@ def pooled(features: np.ndarray, train: Rows, test: Rows, *, ridge: float) -> np
     gram = centred.T @ (centred * counts[:, None])
     weight = np.linalg.solve(gram + ridge * np.eye(len(gram)), centred.T @ (sums - counts * level))
     return np.asarray(level + centred[test.text] @ weight)
-
-
-def local(
-    features: np.ndarray, train: Rows, test: Rows, *, mean: np.ndarray, users: int, scenario: Scenario
-) -> np.ndarray:
-    """The same personal method on the public start value: no federation, nothing sent, so private by itself."""
-    start = np.full(len(features), scenario.task.centre)
-    return predict_personal(
-        features,
-        start,
-        known=train,
-        asked=test,
-        users=users,
-        mean=mean,
-        personal=scenario.personal,
-        task=scenario.task,
-    ).personal

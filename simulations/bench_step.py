@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from client.site import TextFeatures, resident_base, resident_dataset, use_threads
 from client.train import make_trainable, micro_batches, quiet_hooks, train_shared
-from shared.adapter import Arrays, Head, load_start, make_start, read_shared, shared_parameters, shared_slots
-from shared.campaign import make_head
+from shared.adapter import Arrays, load_start, make_start, read_shared, shared_parameters, shared_slots
 from shared.config import Scenario
 from shared.datasets import Dataset, Record
 from shared.errors import CampaignError
 from shared.features import compute_features
+from shared.head import Head, RatingHead
 from shared.model import Base
 from shared.noise import seeded_generator
 from shared.policy import Policy, make_policy
 from shared.progress import progress
+from shared.tasks import Scores
 
 _STEPS = 8  # of ours per timing, so that a linear step of a millisecond is not lost in the clock
 _TOLERANCE = 1e-4
@@ -41,14 +42,14 @@ class AllLayers(nn.Module):
         head: A head over all blocks; its parameters are used as they are.
     """
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: RatingHead) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids (B, T) and mask (B, T) -> predictions (B,)."""
         (base,) = self.head.base
-        prediction: Tensor = self.head(base.family.embed(base.model, token_ids), mask)
+        prediction: Tensor = self.head.predict(base.family.embed(base.model, token_ids), mask)
         return prediction
 
 
@@ -76,7 +77,7 @@ def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
         "linear_head": _ours(scenario, base, dataset, records, blocks=0, trust="local"),
         "opacus_all_layers": _opacus(scenario, base, dataset, records),
     }
-    differences = _compare(scenario, base, dataset, records)
+    differences = compare_answers(scenario, base, dataset, records)
     times: dict[str, list[float]] = {name: [] for name in variants}
     with progress(total=rounds, description="bench step", unit="round", quiet=quiet) as bar:
         for run in variants.values():
@@ -90,7 +91,7 @@ def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
         "opacus_all_layers_over_cached_last_block": ("opacus_all_layers", "cached_last_block"),
         "opacus_all_layers_over_linear_head": ("opacus_all_layers", "linear_head"),
     }
-    ratios = {name: _spread([x / y for x, y in zip(times[a], times[b], strict=True)]) for name, (a, b) in pairs.items()}
+    ratios = {name: spread([x / y for x, y in zip(times[a], times[b], strict=True)]) for name, (a, b) in pairs.items()}
     padded = _padding(scenario, base, dataset)
     ratios["padded_over_real_tokens"] = {"median": padded, "low": padded, "high": padded}
     return {
@@ -98,14 +99,15 @@ def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
         "records": len(records),
         "rounds": rounds,
         "ratios": ratios,
-        "cpu_ms_per_step": {name: _spread([1000 * s for s in seconds]) for name, seconds in times.items()},
+        "cpu_ms_per_step": {name: spread([1000 * s for s in seconds]) for name, seconds in times.items()},
         "answers_agree": differences,
         "machine": {"platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "opacus", "peft", "transformers")},
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
@@ -122,7 +124,7 @@ class _Prepared:
         self, scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Record, ...], *, silent: bool = False
     ) -> None:
         blocks = base.head_blocks(scenario.model.head_blocks)
-        self.head = make_head(base, scenario)
+        self.head = RatingHead(base, scenario)
         texts = TextFeatures(base, scenario, dataset) if blocks < 2 else None  # a cache of every layer is not kept
         public = compute_features(base, dataset.public_texts[:400], head_blocks=blocks, max_tokens=64)
         self.public_start = make_start(self.head, public, ridge=scenario.adapter.whitening_ridge, seed=0)
@@ -147,7 +149,7 @@ class _Prepared:
             else compute_features(base, [r.text for r in records], head_blocks=blocks, max_tokens=64)
         )
         self.features = self.head.prepare(features)
-        self.targets = torch.tensor([r.target for r in records], dtype=torch.float32)
+        self.targets = Scores([record.target for record in records])
 
     def train(self, module: GradSampleModule | Head, *, steps: int) -> Arrays:
         """``steps`` steps of the device's own training function."""
@@ -201,6 +203,7 @@ def _plain_step(
     mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids])
     prepared.head.train()
     module = GradSampleModule(AllLayers(prepared.head), loss_reduction="sum")
+    targets = prepared.targets.batch(np.arange(len(records)), longest)
     optimizer = DPOptimizer(
         torch.optim.SGD(list(shared_parameters(prepared.head).values()), lr=policy.learning_rate),
         noise_multiplier=noise_multiplier,
@@ -210,7 +213,7 @@ def _plain_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        loss = 0.5 * (module(token_ids, mask) - prepared.targets).square().sum()
+        loss = 0.5 * (module(token_ids, mask) - targets).square().sum()
         with quiet_hooks():
             loss.backward()
         optimizer.step()
@@ -218,7 +221,7 @@ def _plain_step(
     return step
 
 
-def _compare(scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Record, ...]) -> dict[str, float]:
+def compare_answers(scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Record, ...]) -> dict[str, float]:
     """Relative distance of answers that must agree, without noise: ours and Opacus', ours with and without privacy."""
     everything = _Prepared(_with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, silent=True)
     ours = everything.train(make_trainable(everything.head, everything.policy), steps=1)

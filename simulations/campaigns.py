@@ -1,35 +1,35 @@
-"""One campaign from its plan to its last checkpoint, over the inline engine, with an observer beside it."""
+"""One campaign from its plan to its last checkpoint, over any engine, with an observer beside it."""
 
-import json
 import resource
 import time
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from flwr.app.user_config import UserConfig
-
-from client.app import app as client_app
-from client.site import Site, TextFeatures, open_site
-from server.app import make_server_app
-from server.checkpoint import load_checkpoint
-from server.strategy import EqualWeights
+from client.artifact import MIN_PROBES
+from client.site import TextFeatures, open_site
+from server.app import run_rounds, start_checkpoint
+from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
 from shared import wire
 from shared.accounting import Claim, Mechanism, epsilon_by_participation, no_claim, record_claim
 from shared.adapter import Arrays, load_start, make_start, shared_slots
-from shared.campaign import Campaign, make_head, write_campaign
+from shared.campaign import Campaign, Resumed, read_campaign, write_campaign, write_resumed
 from shared.config import Scenario
 from shared.datasets import Dataset
-from shared.errors import ScenarioError, SottovoceError
-from shared.flower import InlineGrid, round_trip_bytes, run_inline
+from shared.errors import CampaignError, ScenarioError, SottovoceError
+from shared.flower import Metered, round_trip_bytes
+from shared.head import make_head
 from shared.model import Base
 from shared.policy import Policy, make_policy
 from shared.progress import progress, track
-from simulations.observe import Observer, rmse
+from simulations.journal import Journal
+from simulations.observe import Observer, make_observer
+
+# In a simulation nobody goes offline: such a reply is a fault, and a run with faults must not look finished.
+FATAL = ("ERROR", "INTERNAL")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class Plan:
     """One campaign before it starts: nothing has been trained or spent.
 
     Attributes:
+        name: ``lora`` or ``linear``: what its head is.
         suffix: Added to the names of its rows; empty for the scenario's own campaign.
+        folder: Name of its folder.
     """
 
     name: str
     suffix: str
+    folder: str
     scenario: Scenario
     policy: Policy
     start: Arrays
@@ -72,20 +75,26 @@ def mechanism_of(policy: Policy) -> Mechanism:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A published campaign and the round it goes on from."""
+
+    plan: Plan
+    campaign: Campaign
+    start: Checkpoint
+
+
+@dataclass(frozen=True)
 class Result:
     """A finished campaign."""
 
     plan: Plan
-    campaign: Campaign
-    arrays: Arrays
+    last: Checkpoint
     observer: Observer
-    cost: dict[str, float]
-    replies: int
-    rejected: dict[str, int]
+    cost: dict[str, float | None]
 
 
 def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: bool = False) -> list[Plan]:
-    """Fix policies and public starts of the scenario's campaign and of its linear companion.
+    """Fix policies and public starts: of the scenario's campaign and its linear companion, for every seed.
 
     Raises:
         ScenarioError, PrivacyError: The scenario does not fit the base or the data, or its target cannot be met.
@@ -93,11 +102,16 @@ def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: b
     linear = scenario.linear_campaign()
     main = "linear" if base.head_blocks(scenario.model.head_blocks) == 0 else "lora"
     wanted = [(main, "", scenario)] + ([("linear", "-linear", linear)] if linear else [])
-    steps = track(wanted, description="policies", unit="campaign", quiet=quiet)
+    texts = {suffix: TextFeatures(base, each, dataset, quiet=quiet) for _, suffix, each in wanted}
+    seeds = scenario.seeds()
     plans = []
-    for name, suffix, each in steps:
+    for seed, (name, suffix, each) in track(
+        [(seed, kind) for seed in seeds for kind in wanted], description="policies", unit="campaign", quiet=quiet
+    ):
+        folder = name if len(seeds) == 1 else f"{name}-seed-{seed}"
         try:
-            plans.append(_plan(name, suffix, each, base, dataset, quiet=quiet))
+            seeded = each.model_copy(update={"seed": seed})
+            plans.append(_plan((name, suffix, folder), seeded, base, dataset, texts[suffix]))
         except SottovoceError as error:
             if suffix:  # settings of the table [linear] carry the names of the tables they stand for
                 raise type(error)(f"campaign {name}: {error}") from None
@@ -109,9 +123,15 @@ def exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
     """Indices of the users who get a head.
 
     Raises:
-        ScenarioError: A user does not exist.
+        ScenarioError: A user does not exist, or the data hold too few different texts to compare outputs on.
     """
     wanted = scenario.export.users
+    texts = {r.text for user in dataset.users for r in user.train} | set(dataset.public_texts)
+    if wanted and len(texts) < MIN_PROBES:
+        raise ScenarioError(
+            f"export.users must be 0 where the data hold fewer than {MIN_PROBES} different texts to compare a "
+            f"head's outputs on, got {len(texts)}."
+        )
     if isinstance(wanted, int):
         return list(range(min(wanted, len(dataset.users))))
     index = {user.user: i for i, user in enumerate(dataset.users)}
@@ -121,11 +141,9 @@ def exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
     return [index[user] for user in wanted]
 
 
-def _plan(name: str, suffix: str, scenario: Scenario, base: Base, dataset: Dataset, *, quiet: bool) -> Plan:
+def _plan(names: tuple[str, str, str], scenario: Scenario, base: Base, dataset: Dataset, texts: TextFeatures) -> Plan:
     head = make_head(base, scenario)
-    texts = TextFeatures(base, scenario, dataset, quiet=quiet)
-    public = texts.all.select([texts.row[text] for text in dataset.public_texts])
-    start = make_start(head, public, ridge=scenario.adapter.whitening_ridge, seed=scenario.seed)
+    start = make_start(head, texts.public(), ridge=scenario.adapter.whitening_ridge, seed=scenario.seed)
     policy = make_policy(
         scenario,
         clients=len(dataset.users),
@@ -135,52 +153,63 @@ def _plan(name: str, suffix: str, scenario: Scenario, base: Base, dataset: Datas
         start=start,
         public_texts=dataset.public_texts,
     )
-    return Plan(name, suffix, scenario, policy, start, texts)
+    return Plan(*names, scenario, policy, start, texts)
 
 
-class _Log:
-    """Counts replies and writes a line of ``metrics.jsonl`` for every observed round, in a thread of its own.
+def open_campaign(plan: Plan, campaigns: Path) -> Opened:
+    """Publish a campaign, or take up the one an interrupted run has published.
+
+    Raises:
+        CampaignError: What lies there is damaged beyond its last good checkpoint, or another scenario's.
+    """
+    folder = campaigns / plan.folder
+    if not folder.exists():
+        campaign = write_campaign(folder, plan.scenario, plan.policy, plan.start)
+        return Opened(plan, campaign, start_checkpoint(campaign))
+    campaign = read_campaign(folder)
+    if campaign.policy != plan.policy:
+        raise CampaignError(
+            f"{folder} must be a campaign of policy {plan.policy.sha256[:12]}…, got {campaign.policy.sha256[:12]}…: "
+            "it belongs to another scenario, base or data. Start a new run."
+        )
+    last = last_checkpoint(folder / "checkpoints", policy_sha256=plan.policy.sha256)
+    write_resumed(folder, Resumed(last.round_number, last.participations) if last else None)
+    return Opened(plan, campaign, last or start_checkpoint(campaign))
+
+
+class _Watch:
+    """Observes rounds in a thread of its own and writes a line for each.
 
     The observer stands outside the federation, so nothing waits for it but the end of the campaign.
     """
 
-    def __init__(self, plan: Plan, observer: Observer, grid: InlineGrid, *, devices: int, path: Path) -> None:
-        self._plan, self._observer, self._grid, self._devices, self._path = plan, observer, grid, devices, path
-        policy = plan.policy
+    def __init__(self, opened: Opened, observer: Observer, journal: Journal, *, devices: int) -> None:
+        self._plan, self._observer, self._journal, self._devices = opened.plan, observer, journal, devices
+        policy = self._plan.policy
         self._spent = epsilon_by_participation(mechanism_of(policy), delta=policy.delta) if policy.delta else None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._written: list[Future[None]] = []
-        self.replies = 0
-        self.rejected: Counter[str] = Counter()
 
-    def on_round(self, strategy: EqualWeights) -> None:
-        """Count the round; observe it if it is its turn."""
-        self.replies += strategy.accepted
-        self.rejected.update(strategy.rejected)
-        done = strategy.checkpoint.round_number
-        if done % self._plan.scenario.evaluation.every_rounds == 0 or done == self._plan.policy.rounds:
-            self.observe(done, strategy.checkpoint.arrays, strategy.accepted, strategy.rejected)
+    def on_round(self, checkpoint: Checkpoint) -> None:
+        """Observe a round if it is its turn and there is no line of it yet."""
+        done, seed = checkpoint.round_number, self._plan.scenario.seed
+        wanted = done % self._plan.scenario.evaluation.every_rounds == 0 or done == self._plan.policy.rounds
+        if wanted and not self._journal.has(self._plan.name, seed, done):
+            self._written.append(self._thread.submit(self._write, checkpoint))
 
-    def observe(self, round_number: int, arrays: Arrays, accepted: int, rejected: Mapping[str, int]) -> None:
-        """Evaluate on everybody's validation rows, with private parts fitted on the rows before them."""
+    def _write(self, checkpoint: Checkpoint) -> None:
         line = {
             "campaign": self._plan.name,
-            "round": round_number,
-            "epsilon": self._epsilon(round_number),
-            "bytes_up": self._grid.bytes_up,
-            "bytes_down": self._grid.bytes_down,
-            "replies": accepted,
-            "rejected": dict(rejected),
+            "seed": self._plan.scenario.seed,
+            "round": checkpoint.round_number,
+            "epsilon": self._epsilon(checkpoint.round_number),
+            "bytes_up": checkpoint.total.bytes_up,
+            "bytes_down": checkpoint.total.bytes_down,
+            "replies": checkpoint.latest.replies,
+            "rejected": dict(checkpoint.latest.rejected),
+            "validation": self._observer.validate(checkpoint.arrays),
         }
-        self._written.append(self._thread.submit(self._write, line, arrays))
-
-    def _write(self, line: dict[str, Any], arrays: Arrays) -> None:
-        observer = self._observer
-        seen = observer.predict(arrays, known=observer.fit, asked=observer.validation)
-        line["validation_rmse_federated"] = rmse(seen.shared, observer.validation.target)
-        line["validation_rmse_personal"] = rmse(seen.personal, observer.validation.target)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._journal.add(line)
 
     def __enter__(self) -> Self:
         return self
@@ -200,37 +229,72 @@ class _Log:
         return self._spent[asked - 1] if asked else 0.0
 
 
-def run_campaign(plan: Plan, base: Base, dataset: Dataset, *, out: Path, quiet: bool) -> Result:
-    """All rounds of one campaign over the inline engine, watched by an observer."""
-    campaign = write_campaign(out / "campaigns" / plan.name, plan.scenario, plan.policy, plan.start)
-    head = campaign.new_head(base)
+def run_campaign(
+    opened: Opened,
+    base: Base,
+    dataset: Dataset,
+    *,
+    grid: Metered,
+    roster: Mapping[int, int],
+    journal: Journal,
+    resident: bool,
+    quiet: bool,
+) -> Result:
+    """All rounds of one campaign that are still to be run, watched by an observer.
+
+    Args:
+        grid: Any engine's.
+        roster: Node id -> seat of every device.
+        resident: Whether the devices live in this process, so that their time can be told from the engine's.
+    """
+    plan, campaign = opened.plan, opened.campaign
+    head = campaign.new_head(base).to(base.device)
     load_start(head, plan.start)
-    observer = Observer(head, plan.texts, dataset, plan.scenario)
-    site = open_site(str(campaign.folder))  # now, so that the first device's time is its own
-    run_config: UserConfig = {"campaign": str(campaign.folder)}
-    devices, total = len(dataset.users), plan.policy.rounds * plan.policy.cohort_size
-    grid = InlineGrid(client_app, devices=devices, run_config=run_config)
-    start = {slot.name: plan.start[slot.name] for slot in plan.policy.array_slots()}
-    started = time.perf_counter()
+    observer = make_observer(head, plan.texts, dataset, plan.scenario)
+    # Now, so that the first device's time is its own.
+    site = open_site(str(campaign.folder.parent), plan.policy.sha256) if resident else None
+    busy_s = site.busy_s if site else 0.0
+    done, rounds = opened.start.round_number, plan.policy.rounds
+    messages, grid_s, started = grid.messages, grid.wall_s, time.perf_counter()
     with (
-        _Log(plan, observer, grid, devices=devices, path=out / "metrics.jsonl") as log,
-        progress(total=total, description=f"federation ({plan.name})", unit="device", quiet=quiet) as bar,
+        _Watch(opened, observer, journal, devices=len(dataset.users)) as watch,
+        progress(
+            total=(rounds - done) * plan.policy.cohort_size,
+            description=f"federation ({plan.folder})",
+            unit="device",
+            quiet=quiet,
+        ) as bar,
     ):
+        watch.on_round(start_checkpoint(campaign))
+        for seen in range(1, done + 1):  # lines that a kill left unwritten
+            if not journal.has(plan.name, plan.scenario.seed, seen):
+                watch.on_round(load_checkpoint(checkpoint_path(campaign.folder / "checkpoints", seen)))
         grid.on_reply = lambda: bar.update(1)
-        log.observe(0, start, 0, {})
-        run_inline(make_server_app(on_round=log.on_round), grid, run_config=run_config)
-    last = load_checkpoint(campaign.folder / "checkpoints" / f"round-{plan.policy.rounds:04d}")
-    cost = _cost(grid, site, wall_s=time.perf_counter() - started)
-    return Result(plan, campaign, last.arrays, observer, cost, log.replies, dict(log.rejected))
+        last = run_rounds(grid, campaign, roster=roster, start=opened.start, fatal=FATAL, on_round=watch.on_round)
+        grid.on_reply = None
+    wall_s = time.perf_counter() - started
+    return Result(
+        plan, last, observer, _cost(
+            last,
+            messages=grid.messages - messages,
+            grid_s=grid.wall_s - grid_s,
+            busy_s=site.busy_s - busy_s if site else None,
+            wall_s=wall_s,
+        )
+    )  # fmt: skip
 
 
-def _cost(grid: InlineGrid, site: Site, *, wall_s: float) -> dict[str, float]:
+def _cost(
+    last: Checkpoint, *, messages: int, grid_s: float, busy_s: float | None, wall_s: float
+) -> dict[str, float | None]:
+    asked = sum(last.participations.values())
+    here = messages if busy_s is not None else 0  # where devices work beside each other, times do not add up
     return {
         "wall_s": wall_s,
-        "client_rounds": grid.messages,
-        "engine_ms_per_client_round": 1000 * (grid.wall_s - site.busy_s) / grid.messages,
-        "device_ms_per_client_round": 1000 * site.busy_s / grid.messages,
-        "bytes_up_per_client_round": grid.bytes_up / grid.messages,
-        "bytes_down_per_client_round": grid.bytes_down / grid.messages,
+        "client_rounds": asked,
+        "engine_ms_per_client_round": 1000 * (grid_s - (busy_s or 0.0)) / here if here else None,
+        "device_ms_per_client_round": 1000 * (busy_s or 0.0) / here if here else None,
+        "bytes_up_per_client_round": last.total.bytes_up / asked,
+        "bytes_down_per_client_round": last.total.bytes_down / asked,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }

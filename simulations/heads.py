@@ -1,18 +1,23 @@
 """Personal ONNX heads at the end of a simulation: the same export a device runs, for a few of its users."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import platformdirs
+import torch
 
 from client.export import export_base, export_head
-from shared.adapter import load_shared
+from shared.adapter import load_shared, read_start
 from shared.datasets import Dataset
+from shared.head import CausalHead
 from shared.model import Base
 from shared.progress import progress
 from simulations.campaigns import Result
+from simulations.observe import RatingObserver
+from simulations.observe_language import LanguageObserver
 
 _PROBES = 32
 
@@ -35,8 +40,22 @@ def export_heads(
     """
     if not users:
         return {"heads": []}
-    scenario, observer = result.plan.scenario, result.observer
-    probes = dataset.public_texts[:_PROBES]
+    return EXPORTS[result.plan.scenario.task.name](result, users, base, dataset, folder=folder, quiet=quiet)
+
+
+def probe_texts(dataset: Dataset) -> list[str]:
+    """Texts that torch and the exported graph are compared on: public ones first, then users'; none is written."""
+    texts = dict.fromkeys(dataset.public_texts)
+    texts.update(dict.fromkeys(record.text for user in dataset.users for record in user.train))
+    return list(texts)[:_PROBES]
+
+
+def _export_ratings(
+    result: Result, users: Sequence[int], base: Base, dataset: Dataset, *, folder: Path, quiet: bool
+) -> dict[str, Any]:
+    """Heads of task ``rating``: LoRA and a private output layer."""
+    scenario, observer = result.plan.scenario, cast(RatingObserver, result.observer)
+    probes = probe_texts(dataset)
     head = observer.head
     with progress(total=len(users) + 1, description="personal heads", unit="file", quiet=quiet) as bar:
         manifest = export_base(
@@ -50,11 +69,11 @@ def export_heads(
             cache=platformdirs.user_cache_path("sottovoce") / "onnx",
         )
         bar.update(1)
-        load_shared(head, result.arrays)
+        load_shared(head, result.last.arrays)
         shared_weight, shared_bias = head.output_layer()
         heads = []
         for user in users:
-            private = observer.private_output(result.arrays, user)
+            private = observer.private_output(result.last.arrays, user)
             name = dataset.users[user].user
             target = folder / f"user-{name}"
             written = export_head(
@@ -68,17 +87,86 @@ def export_heads(
                 probe_texts=probes,
                 created=datetime.now(UTC),
             )
-            heads.append(
-                {
-                    "user": name,
-                    "path": f"heads/{target.name}",
-                    "bytes": sum(file.stat().st_size for file in target.iterdir()),
-                    "parity_max_abs": written["parity"]["max_abs"],
-                }
-            )
+            heads.append(_entry(target, name, written))
             bar.update(1)
-    size = sum(file.stat().st_size for file in (folder / "base").iterdir())
+    return {"heads": heads, "heads_base": _base_entry(folder / "base", manifest)}
+
+
+def _export_language(
+    result: Result, users: Sequence[int], base: Base, dataset: Dataset, *, folder: Path, quiet: bool
+) -> dict[str, Any]:
+    """Heads of task ``generation``: the whole LoRA of each user, private where the personal method adapts it."""
+    from client.export_lm import export_lm_base, export_lm_head
+
+    scenario, observer = result.plan.scenario, cast(LanguageObserver, result.observer)
+    head = observer.head
+    probes = [scenario.task.template.replace("{text}", text) for text in probe_texts(dataset)]
+    heads = []
+    with progress(total=len(users) + 1, description="personal heads", unit="file", quiet=quiet) as bar:
+        manifest = export_lm_base(
+            base.folder,
+            folder / "base",
+            base_sha256=base.sha256,
+            blocks=range(head.first_block, base.num_blocks),
+            targets=scenario.adapter.targets,
+            template=scenario.task.template,
+            max_tokens=base.positions,
+            probe_texts=probes,
+            logits=lambda token_ids: _logits(None, base, token_ids),
+            cache=platformdirs.user_cache_path("sottovoce") / "onnx",
+        )
+        bar.update(1)
+        for user in users:
+            load_shared(head, observer.private_arrays(result.last.arrays, user))
+            name = dataset.users[user].user
+            target = folder / f"user-{name}"
+            written = export_lm_head(
+                target,
+                base_folder=folder / "base",
+                base_sha256=base.sha256,
+                lora={name: array for name, array in read_start(head).items() if "lora_" in name},
+                scaling=scenario.adapter.scaling,
+                logits=lambda token_ids: _logits(head, base, token_ids),
+                user=name,
+                privacy={"claim": result.plan.claim.sentence(), "policy_sha256": result.plan.policy.sha256},
+                probe_texts=probes,
+                created=datetime.now(UTC),
+            )
+            heads.append(_entry(target, name, written))
+            bar.update(1)
+    return {"heads": heads, "heads_base": _base_entry(folder / "base", manifest)}
+
+
+@torch.inference_mode()
+def _logits(head: CausalHead | None, base: Base, token_ids: np.ndarray) -> np.ndarray:
+    """Logits (1, T, V) of token ids (1, T) in torch, through the head or the bare base."""
+    ids = torch.from_numpy(token_ids).to(base.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    blocks = len(head.blocks) if head else base.num_blocks
+    hidden = base.backbone(ids, mask, head_blocks=blocks)
+    if head:
+        states = head.states(hidden, mask)
+    else:
+        for block in base.family.blocks(base.model):
+            hidden = base.family.run(base.model, block, hidden, mask)
+        states = base.family.finish(base.model, hidden)
+    weight = base.family.vocabulary(base.model)
+    logits: np.ndarray = (states @ weight.T).cpu().numpy()  # type: ignore[union-attr]
+    return logits
+
+
+def _entry(folder: Path, user: str, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
-        "heads": heads,
-        "heads_base": {"path": "heads/base", "bytes": size, "parity_max_abs": manifest["parity"]["max_abs"]},
+        "user": user,
+        "path": f"heads/{folder.name}",
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "parity_max_abs": manifest["parity"]["max_abs"],
     }
+
+
+def _base_entry(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return {"path": "heads/base", "bytes": size, "parity_max_abs": manifest["parity"]["max_abs"]}
+
+
+EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {"rating": _export_ratings, "generation": _export_language}

@@ -3,40 +3,31 @@
 It is the only source of metrics; devices reply with none (rule P2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
-from client.personalize import PERSONAL_METHODS, PrivateOutput
+from client.personalize import PrivateOutput, personal_method
 from client.site import TextFeatures
-from shared.adapter import Arrays, Head, load_shared, pooled_features
+from shared.adapter import Arrays, load_shared, load_start, read_start
 from shared.config import PersonalConfig, Scenario, TaskConfig
-from shared.datasets import Dataset, Record, UserData
+from shared.datasets import Dataset
+from shared.head import Head, RatingHead, pooled_features
+from shared.metrics import METRICS, Described, Interval, described, paired_difference, score_row, user_rmse
+from simulations import baselines
+from simulations.observe_language import LanguageObserver
+from simulations.rows import Rows, lay_out
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of all users laid end to end: text row, target and user index, each (n,)."""
-
-    text: np.ndarray
-    target: np.ndarray
-    user: np.ndarray
-
-    def of(self, user: int) -> slice:
-        """Where one user's rows lie; users are in ascending order."""
-        first, last = np.searchsorted(self.user, [user, user + 1])
-        return slice(int(first), int(last))
-
-
-def lay_out(dataset: Dataset, row_of: dict[str, int], part: Callable[[UserData], Sequence[Record]]) -> Rows:
-    """Lay one part (fit, validation, train, test) of every user end to end."""
-    pairs = [(i, record) for i, user in enumerate(dataset.users) for record in part(user)]
-    return Rows(
-        text=np.array([row_of[record.text] for _, record in pairs], dtype=np.int64),
-        target=np.array([record.target for _, record in pairs]),
-        user=np.array([i for i, _ in pairs], dtype=np.int64),
-    )
+RATING_METRICS: Mapping[str, Described] = {
+    "rmse": Described("root mean squared error, pooled over all test ratings"),
+    "mae": Described("mean absolute error, pooled over all test ratings"),
+    "accuracy": Described("share of test ratings that equal the prediction rounded to a whole rating", better="more"),
+    "user_rmse": Described("RMSE of each user, then the mean over users"),
+    "worst_decile": Described("mean of the users' RMSE over the worst tenth of users"),
+    "share_gaining": Described("share of users whose RMSE is below that of the row local", better="more"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,19 +38,113 @@ class Predictions:
     personal: np.ndarray
 
 
-class Observer:
-    """Evaluates shared arrays on held-out rows, with and without a private part fitted per user.
+class Observer(Protocol):
+    """What a run asks of the observer of a task; a row is whatever its ``score`` understands."""
+
+    @property
+    def metrics(self) -> Mapping[str, Described]:
+        """What ``score`` gives; the first is the primary one, and less of it is better."""
+
+    @property
+    def head(self) -> Head:
+        """The head it predicts with."""
+
+    def validate(self, arrays: Arrays) -> Mapping[str, float | None]:
+        """Primary metric of ``federated`` and ``personal`` on everybody's validation rows."""
+
+    def baselines(self) -> dict[str, Any]:
+        """Test rows that owe nothing to the federation; ``local`` is among them."""
+
+    def federated(self, arrays: Arrays) -> dict[str, Any]:
+        """Test rows ``federated`` and ``personal``."""
+
+    def score(self, row: Any, *, reference: Any, seed: int, resamples: int) -> dict[str, Interval]:
+        """Every metric of a row; ``reference`` is the row a user gains against."""
+
+    def difference(self, a: Any, b: Any, *, seed: int, resamples: int) -> Interval:
+        """Primary metric of row ``a`` minus that of ``b``, on paired resamples."""
+
+    def per_user(self, row: Any) -> np.ndarray:
+        """Primary metric of every user with a test row, in ascending order of users."""
+
+    def scored_users(self) -> np.ndarray:
+        """Index of every user with a test row, ascending."""
+
+
+class RatingObserver:
+    """Evaluates shared arrays on held-out ratings, with and without a private part fitted per user.
 
     Args:
         head: A head of the campaign at its public start; its trainable tensors are overwritten.
     """
 
-    def __init__(self, head: Head, texts: TextFeatures, dataset: Dataset, scenario: Scenario) -> None:
-        self.head, self._texts, self._scenario, self._dataset = head, texts, scenario, dataset
+    def __init__(self, head: RatingHead, texts: TextFeatures, dataset: Dataset, scenario: Scenario) -> None:
+        self.head: RatingHead = head
+        self._texts, self._scenario, self._dataset = texts, scenario, dataset
+        self._start = read_start(head)
         self.fit = lay_out(dataset, texts.row, lambda user: user.fit)
         self.validation = lay_out(dataset, texts.row, lambda user: user.validation)
         self.train = lay_out(dataset, texts.row, lambda user: user.train)
         self.test = lay_out(dataset, texts.row, lambda user: user.test)
+
+    @property
+    def metrics(self) -> Mapping[str, Described]:  # noqa: D102
+        return dict(RATING_METRICS) | {name: described(name) for name in self._scenario.evaluation.metrics}
+
+    def validate(self, arrays: Arrays) -> dict[str, float]:  # noqa: D102
+        seen = self.predict(arrays, known=self.fit, asked=self.validation)
+        return {
+            "federated": rmse(seen.shared, self.validation.target),
+            "personal": rmse(seen.personal, self.validation.target),
+        }
+
+    def baselines(self) -> dict[str, np.ndarray]:  # noqa: D102
+        train, test, task = self.train, self.test, self._scenario.task
+        load_start(self.head, self._start)
+        bare = pooled_features(self.head, self._texts.all)  # LoRA changes nothing at the start
+        users = len(self._dataset.users)
+        rows = {
+            "constant": baselines.constant(train, test),
+            "user-mean": baselines.user_mean(train, test, centre=task.centre),
+            "pooled": baselines.pooled(bare, train, test, ridge=1.0),
+            "local": predict_personal(
+                bare,
+                np.full(len(bare), task.centre),  # the public start value: no federation, nothing sent
+                known=train,
+                asked=test,
+                users=users,
+                mean=self.public_mean(),
+                personal=self._scenario.personal,
+                task=task,
+            ).personal,
+        }
+        return {name: np.clip(row, task.low, task.high) for name, row in rows.items()}
+
+    def federated(self, arrays: Arrays) -> dict[str, np.ndarray]:  # noqa: D102
+        seen = self.predict(arrays, known=self.train, asked=self.test)
+        return {"federated": seen.shared, "personal": seen.personal}
+
+    def score(  # noqa: D102
+        self, row: Any, *, reference: Any, seed: int, resamples: int
+    ) -> dict[str, Interval]:
+        return score_row(
+            row,
+            self.test.target,
+            self.test.user,
+            reference=reference,
+            seed=seed,
+            resamples=resamples,
+            metrics=(*METRICS, *self._scenario.evaluation.metrics),
+        )
+
+    def difference(self, a: Any, b: Any, *, seed: int, resamples: int) -> Interval:  # noqa: D102
+        return paired_difference(a, b, self.test.target, self.test.user, seed=seed, resamples=resamples)
+
+    def per_user(self, row: Any) -> np.ndarray:  # noqa: D102
+        return user_rmse(row, self.test.target, self.test.user)
+
+    def scored_users(self) -> np.ndarray:  # noqa: D102
+        return np.unique(self.test.user)
 
     def predict(self, arrays: Arrays, *, known: Rows, asked: Rows) -> Predictions:
         """Fit every user's private part on the rows known, predict the rows asked."""
@@ -84,7 +169,7 @@ class Observer:
 
     def public_mean(self) -> np.ndarray:
         """Public centre (d,) of the pooled features."""
-        mean: np.ndarray = self.head.mean.numpy()
+        mean: np.ndarray = self.head.mean.cpu().numpy()
         return mean
 
     def private_output(self, arrays: Arrays, user: int) -> PrivateOutput:
@@ -92,12 +177,17 @@ class Observer:
         features, shared = self.text_predictions(arrays)
         rows = self.train.of(user)
         text = self.train.text[rows]
-        return PERSONAL_METHODS[self._scenario.personal.method](
+        return personal_method(self._scenario.personal.method)(
             features[text],
             self.train.target[rows] - shared[text],
             mean=self.public_mean(),
             personal=self._scenario.personal,
         )
+
+
+def make_observer(head: Head, texts: TextFeatures, dataset: Dataset, scenario: Scenario) -> Observer:
+    """The observer of a scenario's task."""
+    return OBSERVERS[scenario.task.name](head, texts, dataset, scenario)
 
 
 def predict_personal(
@@ -118,7 +208,7 @@ def predict_personal(
         shared: (M,) shared predictions of every distinct text.
         mean: (d,) public centre of the features.
     """
-    fit = PERSONAL_METHODS[personal.method]
+    fit = personal_method(personal.method)
     features = features.astype(np.float64)  # once, not once a user
     predicted = np.empty(len(asked.text))
     for user in range(users):
@@ -134,3 +224,6 @@ def predict_personal(
 def rmse(predictions: np.ndarray, targets: np.ndarray) -> float:
     """Root mean squared error over all rows."""
     return float(np.sqrt(np.mean((predictions - targets) ** 2)))
+
+
+OBSERVERS: dict[str, Callable[..., Observer]] = {"rating": RatingObserver, "generation": LanguageObserver}

@@ -3,32 +3,25 @@
 import html
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shared.metrics import Interval
 from simulations import page
 from simulations.figures import by_round, by_user
-from simulations.results import RunFolder, Summary, check_summary, read_run
+from simulations.results import OverSeeds, RunFolder, Summary, check_summary, read_run
 
 ROWS = {
     "constant": "the mean of all training ratings, for everyone",
     "user-mean": "each user's own mean rating",
+    "base": "the base model as published",
     "pooled": "all data in one place, no privacy",
     "local": "the personal method alone, no federation",
     "federated": "the shared part alone",
     "personal": "the shared part and a private part",
     "federated-linear": "linear head: the shared part alone",
     "personal-linear": "linear head: shared and private part",
-}
-METRICS = {  # key -> heading, whether less is better, percent
-    "rmse": ("RMSE", True, False),
-    "mae": ("MAE", True, False),
-    "accuracy": ("Accuracy", False, True),
-    "user_rmse": ("RMSE per user", True, False),
-    "worst_decile": ("Worst tenth of users", True, False),
-    "share_gaining": ("Users gaining", False, True),
 }
 COSTS = {
     "wall_s": "Wall time, s",
@@ -68,30 +61,26 @@ def write_report(run_folder: Path) -> Path:
         The page loads nothing: its content policy refuses every address and every script but its own two.
     """
     folder = read_run(run_folder)
-    round_figures, round_plots = by_round(folder.rounds)
-    user_figures, user_plots = by_user(folder.users)
+    summary = folder.summary
+    round_figures, round_plots = by_round(folder.rounds, metric=summary.metric)
+    user_figures, user_plots = by_user(folder.users, less=_less_is_better(summary, folder.users.metric))
     sections = [
         *_opening(folder),
-        *_outcome(folder.summary),
+        *_outcome(summary),
         *("<h2>User by user</h2>", *user_plots),
         *("<h2>Round by round</h2>", *round_plots),
-        *_flows(folder.summary),
+        *_flows(summary),
+        *_cost(summary),
         *_repeat(folder),
     ]
-    title = f"{folder.summary.scenario}: a Sottovoce run"
+    title = f"{summary.scenario}: a Sottovoce run"
     target = run_folder / "report.html"
-    partial = target.with_suffix(".html.partial")
-    partial.write_text(
-        page.page(title, "\n".join(sections), figures=round_figures | user_figures),
-        encoding="utf-8",
-        newline="\n",
-    )
-    partial.replace(target)
+    page.write(target, page.page(title, "\n".join(sections), figures=round_figures | user_figures))
     return target
 
 
 def headline(summary: Mapping[str, Any]) -> list[str]:
-    """What a run found, in four to six lines of plain text.
+    """What a run found, in a few lines of plain text.
 
     Args:
         summary: What ``summary.json`` holds.
@@ -102,13 +91,21 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     checked = check_summary(summary)
     said = checked.private or checked.claim.startswith(NOT_PRIVATE)
     lines = [checked.claim if said else f"{NOT_PRIVATE}. {checked.claim}"]
-    for row in ("local", "federated", "personal", "personal-linear"):
+    name = page.heading(checked.metric)
+    for row in ("base", "local", "federated", "personal", "personal-linear"):
         if row in checked.rows:
-            score = _number(checked.rows[row]["rmse"], digits=3)
-            lines.append(f"RMSE {row:<15}  {score}  {ROWS[row]}")
+            found = page.score(checked.metric, checked.rows[row][checked.metric])
+            lines.append(f"{name} {row:<15}  {found}  {ROWS[row]}")
     if (difference := checked.difference("personal", "local")) is not None:
-        lines.append(f"RMSE personal - local  {_number(difference, digits=4, sign=True)}  below 0: personal is better")
+        side = "below" if _less_is_better(checked, checked.metric) else "above"
+        found = page.score(checked.metric, difference, digits=4, sign=True)
+        lines.append(f"{name} personal - local  {found}  {side} 0: personal is better")
     return lines
+
+
+def _less_is_better(summary: Summary, metric: str) -> bool:
+    """Errors are the rule: so it is where the run does not say."""
+    return metric not in summary.metrics or summary.metrics[metric].better == "less"
 
 
 def _opening(folder: RunFolder) -> Iterator[str]:
@@ -122,10 +119,11 @@ def _opening(folder: RunFolder) -> Iterator[str]:
     data = summary.data
     yield (
         f'<p class="dim">{html.escape(data.name)}: {data.users:,} users, {data.fit:,} records to fit, '
-        f"{data.validation:,} to validate, {data.test:,} to test<br>run {html.escape(folder.run.created)}</p>"
+        f"{data.validation:,} to validate, {data.test:,} to test<br>"
+        f"task {html.escape(summary.task)}, {_seeds(summary)}, run {html.escape(folder.run.created)}</p>"
     )
     if summary.stamps:
-        yield f'<ul class="stamps" aria-label="Stamps">{_items(html.escape(s) for s in summary.stamps)}</ul>'
+        yield f'<ul class="stamps" aria-label="Stamps">{page.items(html.escape(s) for s in summary.stamps)}</ul>'
     yield f'<h2>This is a simulation</h2>\n<p class="claim">{html.escape(summary.claim)}</p>'
     if privacy.sentence != summary.claim:
         yield f"<p>{html.escape(privacy.sentence)}</p>"
@@ -135,7 +133,7 @@ def _opening(folder: RunFolder) -> Iterator[str]:
             "The ε is what a deployment with these settings <em>would</em> spend on what leaves a device. "
             "It is no promise about this folder: whoever has the seeds kept in it can compute the noise and "
             "take it away "
-            f"(<code>privacy.noise</code> reads <code>{_text(privacy.noise)}</code>)."
+            f"(<code>privacy.noise</code> reads <code>{page.text(privacy.noise)}</code>)."
         )
     if summary.private and privacy.unit == "record":
         yield (
@@ -152,8 +150,8 @@ def _opening(folder: RunFolder) -> Iterator[str]:
         page.table(
             "What the claim rests on",
             ["term", *campaigns],
-            [[html.escape(key), *(_text(terms.get(key)) for terms in campaigns.values())] for key in keys],
-            words=True,
+            [[html.escape(key), *(page.text(terms.get(key)) for terms in campaigns.values())] for key in keys],
+            look="words",
         ),
     )
 
@@ -166,28 +164,71 @@ def _outcome(summary: Summary) -> Iterator[str]:
         yield f"<h3>Where {'private' if summary.private else 'it'} loses</h3>"
         losses = list(_losses(summary, own))
         if losses:
-            yield f'<ul id="losses">{_items(losses)}</ul>'
+            yield f'<ul id="losses">{page.items(losses)}</ul>'
         else:
             yield f'<p id="no-losses">Nowhere: no other row beats <code>{own}</code> in any metric.</p>'
-    metrics = dict.fromkeys(name for scores in summary.rows.values() for name in scores)
-    best = {name: value for name in metrics if (value := _best(summary, name)) is not None}
+    yield from _table_of_rows(summary)
+
+
+def _table_of_rows(summary: Summary) -> Iterator[str]:
+    """Every row and metric with its interval over users; over seeds too, where the run has several."""
+    metrics = list(dict.fromkeys(name for scores in summary.rows.values() for name in scores))
+    seeds = len(summary.seeds)
+    head, cells = [], []
+    for name in metrics:
+        head.append(html.escape(page.heading(name)))
+        cells.append([_cell(name, scores.get(name), summary.best(name)) for scores in summary.rows.values()])
+        if seeds > 1 and name == summary.metric:
+            head.append(f"{html.escape(page.heading(name))}, {seeds} seeds")
+            cells.append([_spread(name, summary.over_seeds.get(row, {}).get(name)) for row in summary.rows])
+    caption = (
+        f"Test rows{f', mean over {seeds} seeds' if seeds > 1 else ''}, each with its 95 % interval from a "
+        "bootstrap over users. ★ marks the best of a column."
+    )
     yield page.table(
-        "Test rows, each with its 95 % interval from a bootstrap over users. "
-        "★ marks the best of a column: the least error, the highest share.",
-        ["row", *(html.escape(METRICS[m][0] if m in METRICS else m) for m in metrics)],
+        caption,
+        ["row", *head],
         [
-            [
-                f"{html.escape(row)} <small>{ROWS.get(row, 'no description in this version')}</small>",
-                *(_cell(name, scores.get(name), best.get(name)) for name in metrics),
-            ]
-            for row, scores in summary.rows.items()
+            [f"{html.escape(row)} <small>{ROWS.get(row, 'no description in this version')}</small>", *line]
+            for row, line in zip(summary.rows, zip(*cells, strict=True), strict=True)
         ],
     )
-    yield (
-        '<p class="dim">RMSE, MAE and accuracy are pooled over test ratings; a prediction is accurate when '
-        "the nearest whole rating, halves up, is the true one. Users gaining: the share whose own RMSE is "
-        "below that of the row <code>local</code>.</p>"
+    if seeds > 1:
+        yield (
+            f'<p class="dim">The column “{html.escape(page.heading(summary.metric))}, {seeds} seeds” holds the 95 % '
+            f"t-interval of the mean over the seeds {', '.join(map(str, summary.seeds))}, and below it the least and "
+            "the largest value of a seed: it says how much training and noise matter for the same users. "
+            "The others say how much the users matter for the same seeds.</p>"
+        )
+        yield page.details("Every metric over the seeds", _table_of_seeds(summary))
+    described = [(name, summary.metrics[name].description) for name in metrics if name in summary.metrics]
+    words = "".join(
+        f"<dt>{html.escape(page.heading(name))}</dt><dd>{html.escape(text)} "
+        f"({summary.metrics[name].better} is better)</dd>"
+        for name, text in described
     )
+    yield f"<dl>{words}</dl>"
+
+
+def _table_of_seeds(summary: Summary) -> str:
+    found = [(row, name, spread) for row, scores in summary.over_seeds.items() for name, spread in scores.items()]
+    return page.table(
+        "Mean over the seeds with its 95 % t-interval, and the value of each seed",
+        ["row and metric", "mean", *(f"seed {seed}" for seed in summary.seeds)],
+        [
+            [
+                f"{html.escape(row)}, {html.escape(page.heading(name))}",
+                _cell(name, Interval(spread.value, spread.low, spread.high), None),
+                *(_value(name, value) for value in spread.values),
+            ]
+            for row, name, spread in found
+        ],
+    )
+
+
+def _seeds(summary: Summary) -> str:
+    numbers = ", ".join(str(seed) for seed in summary.seeds)
+    return f"seed{'s' if len(summary.seeds) > 1 else ''} {numbers}"
 
 
 def _own_row(summary: Summary) -> str | None:
@@ -198,113 +239,100 @@ def _own_row(summary: Summary) -> str | None:
 def _verdict(summary: Summary, own: str) -> str:
     """Own row against the ones that matter most, in one paragraph."""
     scores = summary.rows[own]
+    reached = page.score(summary.metric, scores[summary.metric])
     parts = [
-        f"On {summary.data.test:,} test ratings, <code>{own}</code> ({ROWS[own]}) reaches an RMSE of "
-        f"<strong>{_number(scores['rmse'], digits=3)}</strong>."
+        f"On {summary.data.test:,} test records, <code>{own}</code> ({ROWS[own]}) reaches: "
+        f"{html.escape(page.heading(summary.metric))} <strong>{reached}</strong>."
     ]
-    for other in ("local", "personal-linear", "pooled"):
+    for other in ("base", "local", "personal-linear", "pooled"):
         if other in summary.rows:
             words = _against(summary, own, other)
             parts.append(f"{words[0].upper()}{words[1:]}.")
     if "share_gaining" in scores:
-        gaining = _number(scores["share_gaining"], digits=1, percent=True)
-        parts.append(f"With it, {gaining} of users have a lower error than with <code>local</code>; the others do not.")
+        gaining = page.score("share_gaining", scores["share_gaining"])
+        parts.append(f"With it, {gaining} of users are better off than with <code>local</code>; the others are not.")
     return " ".join(parts)
 
 
 def _against(summary: Summary, own: str, other: str) -> str:
-    """How the RMSE of ``own`` compares with that of ``other``, with the paired interval if there is one."""
-    theirs = summary.rows[other]["rmse"]
-    gap = summary.rows[own]["rmse"].value - theirs.value
+    """How ``own`` compares with ``other`` by the primary metric, with the paired interval if there is one."""
+    metric = summary.metric
+    mine, theirs = summary.rows[own][metric], summary.rows[other][metric]
+    against = f"<code>{html.escape(other)}</code> ({page.score(metric, theirs)})"
+    if mine.value == theirs.value:
+        return f"it equals {against}"
     difference = summary.difference(own, other)
-    kind = "worse" if gap > 0 else "better" if gap < 0 else "equal"
-    size = f"{abs(gap):.4f}"
     if difference is None:
         interval = "no paired interval recorded"
     else:
         low, high = difference.low, difference.high
-        if gap < 0:
+        if mine.value < theirs.value:
             low, high = -high, -low
         interval = f"95 % interval {low:.4f} to {high:.4f}"
         if low <= 0 <= high:
             interval += ", which does not exclude zero"
-    against = f"<code>{html.escape(other)}</code> ({_number(theirs, digits=3)})"
-    if kind == "equal":
-        return f"its RMSE equals that of {against}"
-    return f"it is {kind} than {against} by {size} ({interval})"
+    kind = "better" if summary.better(metric, mine.value, theirs.value) else "worse"
+    return f"it is {kind} than {against} by {abs(mine.value - theirs.value):.4f} ({interval})"
 
 
 def _losses(summary: Summary, own: str) -> Iterator[str]:
     """One sentence for every row that beats ``own`` in a metric."""
+    mine, primary = summary.rows[own], summary.metric
     for other, scores in summary.rows.items():
-        if other == own:
-            continue
-        worse = [name for name in METRICS if name != "share_gaining" and _worse(summary, own, other, name)]
-        mine = summary.rows[own]
-        others = [
-            f"{METRICS[name][0]} {_metric(name, mine[name])} against {_metric(name, scores[name])}"
-            for name in worse
-            if name != "rmse"
+        worse = [
+            name
+            for name in mine
+            if name in scores and name != "share_gaining" and summary.better(name, scores[name].value, mine[name].value)
         ]
-        if "rmse" in worse:
+        others = [
+            f"{html.escape(page.heading(name))} {page.score(name, mine[name])} against {page.score(name, scores[name])}"
+            for name in worse
+            if name != primary
+        ]
+        named = html.escape(page.heading(primary))
+        if primary in worse:
             tail = f" Also: {'; '.join(others)}." if others else ""
-            yield f"On RMSE {_against(summary, own, other)}.{tail}"
+            yield f"By {named}, {_against(summary, own, other)}.{tail}"
         elif others:
-            yield f"Against <code>{html.escape(other)}</code>, though not on RMSE: {'; '.join(others)}."
-
-
-def _worse(summary: Summary, own: str, other: str, metric: str) -> bool:
-    mine, theirs = summary.rows[own].get(metric), summary.rows[other].get(metric)
-    if mine is None or theirs is None:
-        return False
-    return mine.value > theirs.value if METRICS[metric][1] else mine.value < theirs.value
-
-
-def _best(summary: Summary, metric: str) -> float | None:
-    if metric not in METRICS:
-        return None
-    values = [scores[metric].value for scores in summary.rows.values() if metric in scores]
-    return min(values) if METRICS[metric][1] else max(values)
+            yield f"Against <code>{html.escape(other)}</code>, though not by {named}: {'; '.join(others)}."
 
 
 def _cell(metric: str, score: Interval | None, best: float | None) -> str:
     if score is None:
         return "–"
-    percent = metric in METRICS and METRICS[metric][2]
-    factor, digits = (100, 1) if percent else (1, 3)
-    value, low, high = (f"{factor * x:.{digits}f}" for x in (score.value, score.low, score.high))
-    value += " %" if percent else ""
+    value, low, high = (_value(metric, x) for x in (score.value, score.low, score.high))
     if score.value == best:
         star = '<b aria-hidden="true">★</b><span class="unseen">best: </span>'
         value = f'<span class="best">{star} {value}</span>'
-    return f"{value}<small>{low} – {high}</small>"
+    return f"{value}<small>{low.removesuffix(' %')} – {high.removesuffix(' %')}</small>"
 
 
-def _metric(metric: str, score: Interval) -> str:
-    percent = METRICS[metric][2]
-    return _number(score, digits=1 if percent else 3, percent=percent)
+def _spread(metric: str, spread: OverSeeds | None) -> str:
+    if spread is None:
+        return "–"
+    low, high, least, most = (
+        _value(metric, x) for x in (spread.low, spread.high, min(spread.values), max(spread.values))
+    )
+    return f"{low} – {high}<small>seeds {least} to {most}</small>"
 
 
-def _number(score: Interval, *, digits: int, sign: bool = False, percent: bool = False) -> str:
-    """``1.234 [1.201, 1.267]``."""
-    form, factor = f"{'+' if sign else ''}.{digits}f", 100 if percent else 1
-    value, low, high = (format(factor * x, form) for x in (score.value, score.low, score.high))
-    return f"{value}{' %' if percent else ''} [{low}, {high}]"
+def _value(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if metric in page.PERCENT else f"{value:.3f}"
 
 
 def _flows(summary: Summary) -> Iterator[str]:
-    """What a device gives away, what it keeps, and what the run cost."""
+    """What a device gives away, and what it keeps."""
     federation, trust = summary.federation, summary.privacy.trust
     yield "<h2>What leaves a device, and what does not</h2>"
     leaves = (
         f"<strong>Leaves:</strong> the change of the shared tensors that the policy names, {LEAVES[trust]}; "
         "the round number; the hash of the policy. Or, instead of these, one of a fixed set of refusal "
         "codes. That the device takes part, and when, shows by itself.",
-        "<strong>Stays:</strong> texts, ratings, how many records there are, losses, every private tensor.",
+        "<strong>Stays:</strong> the records, how many there are, losses, every private tensor.",
         "<strong>Not hidden:</strong> a personal head holds what its owner's records taught it. It is "
         "made for the owner's device; whoever reads it reads the owner.",
     )
-    yield f"<ul>{_items(leaves)}</ul>"
+    yield f"<ul>{page.items(leaves)}</ul>"
     yield (
         '<p class="dim">The scores on this page come from an observer outside the federation, '
         "which a deployment does not have.</p>"
@@ -315,22 +343,30 @@ def _flows(summary: Summary) -> Iterator[str]:
         f"{federation.rounds:,} rounds, {federation.clients:,} clients, {federation.replies:,} replies; "
         f"rejected: {html.escape(rejected)}.</p>"
     )
+
+
+def _cost(summary: Summary) -> Iterator[str]:
+    """What the run took, and the heads it left."""
     costs = {"this run": summary.cost} | ({"linear head": summary.cost_linear} if summary.cost_linear else {})
     yield "<h2>Cost</h2>"
     yield page.table(
         "What the run cost on the machine below",
         ["", *costs],
         [
-            [html.escape(COSTS.get(key, key)), *(_amount(cost.get(key)) for cost in costs.values())]
+            [html.escape(COSTS.get(key, key)), *(page.amount(cost.get(key)) for cost in costs.values())]
             for key in dict.fromkeys(key for cost in costs.values() for key in cost)
         ],
     )
+    if summary.resumed:
+        yield "<p>The run was interrupted and continued there; the cost is that of the last process only.</p>"
+        where = (f"{one.campaign}, seed {one.seed}: after round {one.round:,}, at {one.at}" for one in summary.resumed)
+        yield f'<ul id="resumed">{page.items(html.escape(one) for one in where)}</ul>'
     if summary.heads:
         yield "<h2>Personal heads</h2>"
         base = summary.heads_base
         if base is not None:
-            size = _amount(base.get("bytes"))
-            yield f"<p>One base for the fleet: <code>{_text(base.get('path'))}</code>, {size} bytes.</p>"
+            size = html.escape(page.amount(base.get("bytes")))
+            yield f"<p>One base for the fleet: <code>{page.text(base.get('path'))}</code>, {size} bytes.</p>"
         yield page.table(
             "Exported heads; parity is the largest difference between ONNX and torch on real texts",
             ["user", "folder", "bytes", "parity"],
@@ -339,7 +375,7 @@ def _flows(summary: Summary) -> Iterator[str]:
                     html.escape(head.user),
                     f"<code>{html.escape(head.path)}</code>",
                     f"{head.bytes:,}",
-                    f"{head.parity_max_abs:.1e}",
+                    "–" if head.parity_max_abs is None else f"{head.parity_max_abs:.1e}",
                 ]
                 for head in summary.heads
             ],
@@ -353,25 +389,7 @@ def _repeat(folder: RunFolder) -> Iterator[str]:
     yield f'<h2>To repeat it</h2>\n<pre tabindex="0"><code>{html.escape(command)}</code></pre>'
     facts = {"commit": run.commit, "created": run.created, **run.machine, **run.versions}
     for caption, values in (("Versions and machine", facts), ("Seeds", run.seeds)):
-        rows = [[html.escape(key), _text(value)] for key, value in values.items()]
-        yield page.details(caption, page.table(caption, ["what", "value"], rows, words=True))
+        rows = [[html.escape(key), page.text(value)] for key, value in values.items()]
+        yield page.details(caption, page.table(caption, ["what", "value"], rows, look="words"))
     settings = html.escape(json.dumps(folder.settings, indent=2, ensure_ascii=False))
     yield page.details("All settings", f'<pre tabindex="0">{settings}</pre>')
-
-
-def _items(texts: Iterable[str]) -> str:
-    return "".join(f"<li>{text}</li>" for text in texts)
-
-
-def _text(value: Any) -> str:
-    """A value of a JSON file as HTML."""
-    if value is None:
-        return "–"
-    return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _amount(value: Any) -> str:
-    """A number with thousands set apart; one decimal where it is small enough to matter."""
-    if not isinstance(value, int | float):
-        return _text(value)
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.2f}"

@@ -30,7 +30,9 @@ def _finite(interval: Interval) -> Interval:
     return interval
 
 
-Scores = dict[str, Annotated[Interval, AfterValidator(_finite)]]
+Checked = Annotated[Interval, AfterValidator(_finite)]
+Scores = dict[str, Checked]
+SCHEMA = 2
 
 
 class _Part(BaseModel):
@@ -59,7 +61,7 @@ class Head(_Part):
     user: str
     path: str
     bytes: int
-    parity_max_abs: FiniteFloat
+    parity_max_abs: FiniteFloat | None = None
 
 
 class Federation(_Part):
@@ -83,15 +85,45 @@ class Data(_Part):
     test: int
 
 
+class Metric(_Part):
+    """What a metric is, and which of two values is the better one."""
+
+    better: Literal["less", "more"]
+    description: str = ""
+
+
+class OverSeeds(_Part):
+    """Mean of a metric over the seeds of a run with its 95 % t-interval, and the value of each seed."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    values: list[FiniteFloat] = Field(min_length=2)
+
+
+class Resumed(_Part):
+    """Where a run that was interrupted went on."""
+
+    campaign: str
+    seed: int
+    round: int
+    at: str
+
+
 class Summary(_Part):
     """``summary.json``."""
 
-    schema_version: Literal[1] = Field(alias="schema")
     scenario: str
+    task: str
+    metric: str
+    metrics: dict[str, Metric]
+    seeds: list[int] = Field(min_length=1)
     claim: str
     stamps: list[str]
     rows: dict[str, Scores] = Field(min_length=1)
+    over_seeds: dict[str, dict[str, OverSeeds]] = Field(default_factory=dict)
     differences: dict[str, Scores]
+    resumed: list[Resumed] = Field(default_factory=list)
     privacy: Privacy
     privacy_linear: Privacy | None = None
     cost: dict[str, FiniteFloat | None]
@@ -108,28 +140,58 @@ class Summary(_Part):
         return all(part.trust != "none" and part.epsilon is not None for part in campaigns if part)
 
     def difference(self, row: str, other: str) -> Interval | None:
-        """RMSE of ``row`` minus that of ``other``, on paired resamples, where the run recorded it."""
-        if (forward := self.differences.get(f"{row} - {other}", {}).get("rmse")) is not None:
+        """Primary metric of ``row`` minus that of ``other``, on paired resamples, where the run recorded it."""
+        if (forward := self.differences.get(f"{row} - {other}", {}).get(self.metric)) is not None:
             return forward
-        if (back := self.differences.get(f"{other} - {row}", {}).get("rmse")) is not None:
+        if (back := self.differences.get(f"{other} - {row}", {}).get(self.metric)) is not None:
             return Interval(-back.value, -back.high, -back.low)
         return None
 
+    def better(self, metric: str, value: float, other: float) -> bool:
+        """Whether ``value`` beats ``other``; never, where the run does not say what is better."""
+        if metric not in self.metrics:
+            return False
+        return value < other if self.metrics[metric].better == "less" else value > other
+
+    def best(self, metric: str) -> float | None:
+        """Best value of a metric over the rows; None where the run does not say what is better."""
+        values = [scores[metric].value for scores in self.rows.values() if metric in scores]
+        if metric not in self.metrics or not values:
+            return None
+        return min(values) if self.metrics[metric].better == "less" else max(values)
+
     @model_validator(mode="after")
-    def _rows_have_rmse(self) -> Self:
-        missing = [row for row, scores in self.rows.items() if "rmse" not in scores]
+    def _metric_is_known(self) -> Self:
+        if self.metric not in self.metrics:
+            raise ValueError(f"metrics must describe the primary metric {self.metric}")
+        missing = [row for row, scores in self.rows.items() if self.metric not in scores]
         if missing:
-            raise ValueError(f"every row must have an rmse, missing in {', '.join(missing)}")
+            raise ValueError(f"every row must have the metric {self.metric}, missing in {', '.join(missing)}")
+        uneven = [
+            f"{row} {metric}"
+            for row, scores in self.over_seeds.items()
+            for metric, spread in scores.items()
+            if len(spread.values) != len(self.seeds)
+        ]
+        if uneven:
+            raise ValueError(f"over_seeds must have {len(self.seeds)} values each, not so: {', '.join(uneven)}")
         return self
+
+
+class Validation(_Part):
+    """Primary metric on the validation rows: shared part alone, with the private part; null where not computed."""
+
+    federated: FiniteFloat | None
+    personal: FiniteFloat | None
 
 
 class Round(_Part):
     """One line of ``metrics.jsonl``."""
 
     campaign: str
+    seed: int
     round: int
-    validation_rmse_federated: FiniteFloat | None
-    validation_rmse_personal: FiniteFloat | None
+    validation: Validation
     epsilon: FiniteFloat | None
     bytes_up: int
     bytes_down: int
@@ -138,8 +200,9 @@ class Round(_Part):
 
 
 class Users(_Part):
-    """``user_rmse.json``."""
+    """``user_scores.json``."""
 
+    metric: str
     users: list[str]
     rows: dict[str, list[FiniteFloat]]
 
@@ -148,6 +211,8 @@ class Users(_Part):
         wrong = [row for row, values in self.rows.items() if len(values) != len(self.users)]
         if wrong:
             raise ValueError(f"every row must have {len(self.users)} values, one per user, not so: {', '.join(wrong)}")
+        if len(set(self.users)) < len(self.users):
+            raise ValueError("users must be told apart by name, some occur twice")
         return self
 
 
@@ -164,11 +229,12 @@ class Run(_Part):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run; ``rounds`` is grouped by campaign, each in ascending order."""
+    """The files of one run; ``rounds`` is campaign -> seed -> rounds in ascending order."""
 
+    path: Path
     run: Run
     settings: dict[str, Any]
-    rounds: dict[str, list[Round]]
+    rounds: dict[str, dict[int, list[Round]]]
     users: Users
     summary: Summary
 
@@ -180,24 +246,19 @@ def read_run(folder: Path) -> RunFolder:
         folder: As ``sottovoce simulate`` writes it.
 
     Raises:
-        DataError: A file is missing, is no JSON, or lacks a key; the message names file and place.
+        DataError: A file is missing, is no JSON, lacks a key, or is of another version; the message names
+            file and place.
     """
     if (folder / "scenario.json").is_file() and not (folder / "summary.json").is_file():
         raise DataError(f"{folder / 'summary.json'} must exist, the run is unfinished. Run the scenario again.")
-    rounds: dict[str, list[Round]] = {}
-    path = folder / "metrics.jsonl"
-    for number, text in enumerate(_text(path).splitlines(), start=1):
-        if text.strip():
-            one = _parse(text, Round, where=f"{path}, line {number}")
-            rounds.setdefault(one.campaign, []).append(one)
-    if not rounds:
-        raise DataError(f"{path} must hold at least one round, got none. Run the scenario again.")
+    summary = _read_summary(_json(folder / "summary.json"), where=str(folder / "summary.json"))
     return RunFolder(
+        path=folder,
         run=_read(folder / "run.json", Run),
         settings=_read(folder / "scenario.json", dict[str, Any]),
-        rounds={name: sorted(each, key=lambda one: one.round) for name, each in rounds.items()},
-        users=_read(folder / "user_rmse.json", Users),
-        summary=_read(folder / "summary.json", Summary),
+        rounds=_read_rounds(folder / "metrics.jsonl"),
+        users=_read(folder / "user_scores.json", Users),
+        summary=summary,
     )
 
 
@@ -207,11 +268,40 @@ def check_summary(summary: Mapping[str, Any]) -> Summary:
     Raises:
         DataError: A key is missing or has a wrong value.
     """
-    return _checked(dict(summary), Summary, where="summary.json")
+    return _read_summary(dict(summary), where="summary.json")
+
+
+def _read_summary(value: Any, *, where: str) -> Summary:
+    found = value.get("schema") if isinstance(value, dict) else None
+    if found != SCHEMA or isinstance(found, bool):
+        raise DataError(
+            f"{where}: schema: must be {SCHEMA}, got {found!r:.80}; another version of sottovoce wrote this run. "
+            "Run the scenario again."
+        )
+    return _checked(value, Summary, where=where)
+
+
+def _read_rounds(path: Path) -> dict[str, dict[int, list[Round]]]:
+    rounds: dict[str, dict[int, list[Round]]] = {}
+    for number, text in enumerate(_text(path).splitlines(), start=1):
+        if text.strip():
+            where = f"{path}, line {number}"
+            one = _checked(_parse(text, where=where), Round, where=where)
+            rounds.setdefault(one.campaign, {}).setdefault(one.seed, []).append(one)
+    if not rounds:
+        raise DataError(f"{path} must hold at least one round, got none. Run the scenario again.")
+    return {
+        campaign: {seed: sorted(each, key=lambda one: one.round) for seed, each in seeds.items()}
+        for campaign, seeds in rounds.items()
+    }
 
 
 def _read(path: Path, kind: type[_T]) -> _T:
-    return _parse(_text(path), kind, where=str(path))
+    return _checked(_json(path), kind, where=str(path))
+
+
+def _json(path: Path) -> Any:
+    return _parse(_text(path), where=str(path))
 
 
 def _text(path: Path) -> str:
@@ -225,12 +315,11 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} must be readable UTF-8 text: {error}. Run the scenario again.") from error
 
 
-def _parse(text: str, kind: type[_T], *, where: str) -> _T:
+def _parse(text: str, *, where: str) -> Any:
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} must be JSON: {error}. Run the scenario again.") from error
-    return _checked(value, kind, where=where)
 
 
 def _no_constant(name: str) -> NoReturn:

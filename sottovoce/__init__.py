@@ -31,15 +31,16 @@ for _package in (client, server, shared, simulations):
 
 
 def simulate(
-    scenario: str | Path, *, out: str | Path, overrides: tuple[str, ...] = (), quiet: bool = False
+    scenario: str | Path, *, out: str | Path, overrides: tuple[str, ...] = (), quiet: bool = False, resume: bool = False
 ) -> dict[str, Any]:
     """Run a scenario from its data to its report; the same as the command ``sottovoce simulate``.
 
     Args:
         scenario: Path of a scenario file.
-        out: The run folder; must not exist.
+        out: The run folder; must not exist, unless ``resume``.
         overrides: Settings laid over the file, such as ``("privacy.epsilon=3",)``.
         quiet: No progress on stderr.
+        resume: Go on with the interrupted run in ``out``.
 
     Returns:
         The content of the run's ``summary.json``.
@@ -50,7 +51,8 @@ def simulate(
     from shared.config import load_scenario
     from simulations.run import simulate as run
 
-    return run(load_scenario(Path(scenario), overrides), out=Path(out), command="sottovoce.simulate", quiet=quiet)
+    settings = load_scenario(Path(scenario), overrides)
+    return run(settings, out=Path(out), command="sottovoce.simulate", quiet=quiet, resume=resume)
 
 
 def open_head(folder: str | Path, *, base: str | Path | None = None) -> "PersonalHead":

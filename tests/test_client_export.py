@@ -14,10 +14,10 @@ import client.export
 import client.graph
 from client.export import TOLERANCE, export_base, export_head
 from client.runtime import open_base, open_head
-from shared.adapter import Head, pooled_features
-from shared.config import AdapterConfig, TaskConfig
+from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError
 from shared.features import compute_features
+from shared.head import RatingHead, pooled_features
 
 TARGETS = ("attention.output.dense", "output.dense")
 TASK = TaskConfig()
@@ -29,7 +29,8 @@ PRIVACY = {"trust": "local", "unit": "record", "epsilon": 8.0}
 def make_head(base, *, blocks=1, method="ffa-lora", seed=0, scaling=2.0, rank=4):
     """A head whose LoRA has a visible effect."""
     adapter = AdapterConfig(rank=rank, scaling=scaling, targets=TARGETS, whitened_features=8)
-    head = Head(base, blocks=blocks, adapter=adapter, method=method, centre=TASK.centre)
+    model, federation = ModelConfig(head_blocks=blocks), FederationConfig(method=method)
+    head = RatingHead(base, Scenario(name="tiny", task=TASK, model=model, adapter=adapter, federation=federation))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in head.named_parameters():
         if "lora_" in name:

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 import client.cli
 from client.export import export_head
 from client.runtime import ADAPTER, MANIFEST, MODEL, TOKENIZER, base_id, open_base, open_head
-from shared.adapter import Head
-from shared.config import AdapterConfig
+from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError
+from shared.head import RatingHead
 
 TEXT = "Fargo (1996). Crime, Drama, Thriller"
 SLOT = "lora.block.1.output.dense"
@@ -32,7 +32,7 @@ def heads(tiny_base, tiny_fleet, tiny_texts, tmp_path_factory):
     shutil.copytree(tiny_fleet, folder / "base")
     for seed, (user, rank) in enumerate((("ann", 2), ("bob", 5))):
         adapter = AdapterConfig(rank=rank, whitened_features=8)
-        head = Head(tiny_base, blocks=1, adapter=adapter, method="ffa-lora", centre=3.0)
+        head = RatingHead(tiny_base, Scenario(name="tiny", adapter=adapter))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in head.named_parameters():
             if "lora_" in name:

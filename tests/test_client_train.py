@@ -6,20 +6,28 @@ import scipy.stats
 import torch
 
 from client.train import make_trainable, train_shared
-from shared.adapter import Head, load_start, make_start, read_shared, shared_parameters, shared_slots
-from shared.config import AdapterConfig
+from shared.adapter import load_start, make_start, read_shared, shared_parameters, shared_slots
+from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import RefusedError
 from shared.features import Features, compute_features
+from shared.head import RatingHead
 from shared.noise import seeded_generator
 from shared.policy import Policy
+from shared.tasks import Scores
 
 ADAPTER = AdapterConfig(rank=2, whitened_features=8)
 
 
+def make_head(base, *, blocks=1, method="ffa-lora"):
+    """A fresh head for ratings."""
+    model, federation = ModelConfig(head_blocks=blocks), FederationConfig(method=method)
+    return RatingHead(base, Scenario(name="tiny", model=model, adapter=ADAPTER, federation=federation))
+
+
 def make_policy(head, **changes):
     settings = {
-        "protocol": 1, "trust": "local", "unit": "record", "relation": "add-or-remove-one", "epsilon": 8.0,
-        "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 0.0, "sampling_rate": 1.0, "steps": 1,
+        "protocol": 1, "campaign": "c", "trust": "local", "unit": "record", "relation": "add-or-remove-one",
+        "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 0.0, "sampling_rate": 1.0, "steps": 1,
         "denominator": 4.0, "max_participations": 5, "max_update_norm": 1e9, "learning_rate": 0.7, "rounds": 5,
         "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "fine-tune", "head_blocks": 1,
         "head_sha256": "h", "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
@@ -34,7 +42,7 @@ class Setting:
     def __init__(self, base, texts, *, blocks=1, method="ffa-lora"):
         self.base, self.blocks, self.method = base, blocks, method
         self.features = compute_features(base, texts, head_blocks=blocks, max_tokens=32)
-        self.head = Head(base, blocks=blocks, adapter=ADAPTER, method=method, centre=3.0)
+        self.head = make_head(base, blocks=blocks, method=method)
         self.public_start = make_start(self.head, self.features, ridge=0.05, seed=1)
         self.features = self.head.prepare(self.features)
         generator = torch.Generator().manual_seed(3)
@@ -47,13 +55,13 @@ class Setting:
     def update(self, policy, *, features=None, targets=None, micro_batch=1024, seed=0):
         features = self.features if features is None else features
         targets = self.targets if targets is None else targets
-        head = Head(self.base, blocks=self.blocks, adapter=ADAPTER, method=self.method, centre=3.0)
+        head = make_head(self.base, blocks=self.blocks, method=self.method)
         load_start(head, self.public_start)
         return train_shared(
             make_trainable(head, policy),
             self.start,
             features,
-            targets,
+            Scores(targets.tolist()),
             policy=policy,
             micro_batch=micro_batch,
             sampling=seeded_generator(seed=seed, purpose="sampling", device=0, round_number=1),
@@ -68,7 +76,7 @@ class Setting:
         rows = []
         for i in range(len(self.targets)):
             hidden, mask = self.features.batch([i])
-            loss = 0.5 * (self.head(hidden, mask) - self.targets[i : i + 1]).square().sum()
+            loss = 0.5 * (self.head.predict(hidden, mask) - self.targets[i : i + 1]).square().sum()
             rows.append(torch.autograd.grad(loss, list(shared_parameters(self.head).values())))
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
@@ -106,8 +114,8 @@ def test_cached_and_uncached_training_give_the_same_gradients(tiny_base, tiny_te
         ids, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)
         hidden = tiny_base.backbone(ids, mask, head_blocks=1)  # computed here and now, no cache
         parameters = list(shared_parameters(cut.head).values())
-        uncached = torch.autograd.grad(cut.head(hidden, mask)[0], parameters)
-        cached = torch.autograd.grad(cut.head(*cut.features.batch([i]))[0], parameters)
+        uncached = torch.autograd.grad(cut.head.predict(hidden, mask)[0], parameters)
+        cached = torch.autograd.grad(cut.head.predict(*cut.features.batch([i]))[0], parameters)
         for a, b in zip(uncached, cached, strict=True):
             assert (a - b).norm() <= 1e-5 * a.norm()
 

@@ -43,7 +43,7 @@ def test_four_private_rounds_already_help(short_run):
     assert summary["privacy"]["epsilon"] <= 8
     assert summary["federation"]["rejected"] == {}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert np.isfinite([line["validation_rmse_personal"] for line in lines]).all()
+    assert np.isfinite([line["validation"]["personal"] for line in lines]).all()
 
 
 def test_the_heads_answer_as_torch_does(short_run):

@@ -1,25 +1,27 @@
 """The coordinator: gate, mean, optimisers and checkpoints, each against a case worked out by hand."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from server.aggregate import OptimizerState, adam_step, mean_update, momentum_step
-from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.checkpoint import Checkpoint, Counts, last_checkpoint, load_checkpoint, save_checkpoint
 from server.gate import RejectedReply, check_reply
 from shared import wire
 from shared.config import FederationConfig
 from shared.errors import CampaignError
-from shared.flower import round_trip_bytes
+from shared.flower import InlineGrid, round_trip_bytes
 from shared.policy import Policy
 
 POLICY = Policy(
-    protocol=1, trust="local", unit="record", relation="add-or-remove-one", epsilon=8.0, delta=1e-5, clip_norm=1.0,
-    noise_multiplier=1.0, sampling_rate=1.0, steps=1, denominator=4.0, max_participations=5, max_update_norm=10.0,
-    learning_rate=1.0, rounds=5, cohort_size=2, federation_method="ffa-lora", personal_method="none", head_blocks=0,
-    head_sha256="h", base_sha256="b", start_sha256="s", public_texts_sha256="p", slots=(("a", (2,)), ("b", (1, 2))),
+    protocol=1, campaign="c", trust="local", unit="record", relation="add-or-remove-one", epsilon=8.0, delta=1e-5,
+    clip_norm=1.0, noise_multiplier=1.0, sampling_rate=1.0, steps=1, denominator=4.0, max_participations=5,
+    max_update_norm=10.0, learning_rate=1.0, rounds=5, cohort_size=2, federation_method="ffa-lora",
+    personal_method="none", head_blocks=0, head_sha256="h", base_sha256="b", start_sha256="s",
+    public_texts_sha256="p", slots=(("a", (2,)), ("b", (1, 2))),
 )  # fmt: skip
 GOOD = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[3.0, 4.0]], np.float32)}
 
@@ -27,7 +29,7 @@ GOOD = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[3.0, 4.0]], np.fl
 @pytest.fixture(autouse=True)
 def speaking_server():
     """Messages can be made only where somebody speaks; the inline grid sets that up."""
-    round_trip_bytes(RecordDict(), RecordDict())
+    InlineGrid(lambda message, _: message, devices=1, run_config={})
 
 
 def reply_with(content: RecordDict) -> Message:
@@ -235,11 +237,39 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path, damage):
         load_checkpoint(path)
 
 
+def test_the_last_good_checkpoint_is_found_and_later_damage_put_aside(tmp_path):
+    for number in (6, 7, 8, 9):
+        save_checkpoint(tmp_path, replace(CHECKPOINT, round_number=number))
+    truncate = tmp_path / "round-0009" / "tensors.safetensors"
+    truncate.write_bytes(truncate.read_bytes()[:-1])
+    state = tmp_path / "round-0008" / "state.json"
+    state.write_text(state.read_text().replace('"1000": 2', '"1000": 1'))  # a round that would cost nothing
+    (tmp_path / ".round-0010.123").mkdir()
+    found = last_checkpoint(tmp_path, policy_sha256="p" * 64)
+    assert found is not None
+    assert found.round_number == 7
+    names = {"round-0006", "round-0007", "damaged-round-0008", "damaged-round-0009"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    save_checkpoint(tmp_path, replace(CHECKPOINT, round_number=8))  # its place is free again
+
+
+def test_a_checkpoint_of_another_scenario_is_refused(tmp_path):
+    save_checkpoint(tmp_path, CHECKPOINT)
+    with pytest.raises(CampaignError, match="a checkpoint of another scenario"):
+        last_checkpoint(tmp_path, policy_sha256="q" * 64)
+    assert last_checkpoint(tmp_path / "none", policy_sha256="q" * 64) is None
+
+
+def test_counts_add_up():
+    a, b = Counts(3, {"NORM": 1}, 10, 20), Counts(1, {"NORM": 2, "ARRAY": 1}, 1, 2)
+    assert a + b == Counts(4, {"NORM": 3, "ARRAY": 1}, 11, 22)
+
+
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     def power_cut(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("server.checkpoint.os.fsync", power_cut)
+    monkeypatch.setattr("shared.files.os.fsync", power_cut)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, CHECKPOINT)
     assert list(tmp_path.glob("round-*")) == []

@@ -1,7 +1,9 @@
 """Assets are what was pinned, whole or absent, and a failure says what to do."""
 
 import base64
+import dataclasses
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from shared import assets
+from shared import assets, gguf
 from shared.assets import Asset, AssetFile
+from shared.config import load_scenario
 from shared.errors import AssetError
 
 CONTENTS = {"weights.bin": bytes(range(256)) * 20_000, "sub/config.json": b'{"width": 4}'}
@@ -102,6 +105,12 @@ def test_every_pin_is_complete():
             assert file.size_bytes > 0
             assert not Path(file.name).is_absolute()
             assert ".." not in Path(file.name).parts
+
+
+def test_what_is_fetched_by_default_is_what_the_shipped_scenario_needs():
+    scenario = load_scenario(Path(__file__).parent.parent / "simulations" / "scenarios" / "movielens.toml")
+    named = {scenario.model.base, scenario.data.source}
+    assert {f"asset:{name}" for name in assets.DEFAULT_ASSETS} == named
 
 
 def test_description_says_what_how_big_and_which_licence(cache):
@@ -292,6 +301,124 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(cache, pip):
     assert "XDG_CACHE_HOME" in message
 
 
+# Conversion
+
+
+@pytest.fixture
+def converting(pip, monkeypatch):
+    """``tiny`` as an asset that is converted, by a conversion that only counts."""
+    monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(TINY, converted_bytes=1_000_000))
+    calls = []
+
+    def convert(source, folder):
+        calls.append(sorted(path.name for path in source.parent.iterdir()))
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(source.read_bytes()[:1000])
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(gguf, "convert", convert)
+    return calls
+
+
+MADE = ("model.safetensors", "config.json", gguf.RECORD)
+
+
+def test_a_converted_asset_is_converted_once(cache, pip, converting, capfd):
+    folder = assets.fetch("tiny")
+    assert "converting weights.bin" in capfd.readouterr().err
+    assert set(files_in(folder)) == {*CONTENTS, *MADE}
+    assert (folder / "model.safetensors").read_bytes() == CONTENTS["weights.bin"][:1000]
+    record = json.loads((folder / gguf.RECORD).read_text())
+    assert record["source"] == {"name": "weights.bin", "sha256": hashlib.sha256(CONTENTS["weights.bin"]).hexdigest()}
+    assert assets.fetch("tiny", quiet=True) == folder
+    assert (pip.calls, converting) == (1, [["weights.bin"]])
+    assert [path.name for path in cache.iterdir()] == ["tiny"]
+    assert "6.1 MB on disk" in assets.describe("tiny")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", MADE[:2])
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, Path.unlink])
+def test_a_damaged_conversion_is_named_and_made_anew_on_request(cache, converting, name, damage):
+    folder = assets.fetch("tiny", quiet=True)
+    damage(folder / name)
+    message = failure(assets.fetch, "tiny", quiet=True)
+    assert f"{folder / name} must have sha256" in message
+    assert f"delete {folder / gguf.RECORD} and run again" in message
+    assert len(converting) == 1
+    (folder / gguf.RECORD).unlink()
+    assert (assets.fetch("tiny", quiet=True) / "config.json").read_text() == "{}"
+    assert converting == [["weights.bin"]] * 2  # alone: leftovers would be taken for the file's own settings
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {}}', '{"files": {"model.safetensors": 3, "../x": 1}}'])
+def test_a_damaged_record_is_refused(cache, converting, content):
+    folder = assets.fetch("tiny", quiet=True)
+    (folder / gguf.RECORD).write_text(content)
+    assert f"{folder / gguf.RECORD} must list" in failure(assets.fetch, "tiny", quiet=True)
+
+
+def test_an_interrupted_conversion_is_taken_up_again_without_a_download(cache, pip, converting, monkeypatch):
+    convert = gguf.convert
+
+    def interrupted(source, folder):
+        convert(source, folder)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            assets.fetch("tiny", quiet=True)
+    assert set(files_in(cache / "tiny")) == set(CONTENTS)
+    assert [path.name for path in cache.iterdir()] == ["tiny"]
+    assert set(files_in(assets.fetch("tiny", quiet=True))) == {*CONTENTS, *MADE}
+    assert (pip.calls, len(converting)) == (1, 2)
+
+
+@pytest.mark.parametrize("missing", [("gguf",), ("gguf", "torch")])
+def test_a_conversion_without_its_packages_says_what_to_install(cache, converting, monkeypatch, missing):
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name in missing else object())
+    message = failure(assets.fetch, "tiny", quiet=True)
+    assert f"needs {', '.join(missing)}; run: pip install" in message
+    assert converting == []
+
+
+def test_a_full_disk_during_the_conversion_says_what_to_do(cache, converting, monkeypatch):
+    def full(source, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf, "convert", full)
+    message = failure(assets.fetch, "tiny", quiet=True)
+    assert "No space left on device" in message
+    assert "XDG_CACHE_HOME" in message
+    assert set(files_in(cache / "tiny")) == set(CONTENTS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_converted_model_is_the_one_in_the_gguf(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = assets.fetch("SmolLM2-135M-Instruct", quiet=True)
+    [source] = [file.name for file in assets.ASSETS["SmolLM2-135M-Instruct"].files]
+    (tmp_path / source).symlink_to(folder / source)  # alone, or transformers takes the converted settings for its own
+    texts = ("The capital of France is", "<|im_start|>user\nhé 😀<|im_end|>\n", "def f(x):\n\treturn 1")
+    answers = []
+    for place, options in ((folder, {}), (tmp_path, {"gguf_file": source})):
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        with torch.inference_mode():
+            logits = [model(torch.tensor([row])).logits for row in ids]
+        answers.append((ids, logits, tokenizer.chat_template, model.config.eos_token_id))
+    assert answers[0][0] == answers[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(answers[0][1], answers[1][1], strict=True))
+    assert answers[0][2:] == answers[1][2:]
+    assert model.config.eos_token_id == model.config.pad_token_id  # the trap
+    assert answers[0][1][0][0, -1].argmax() == tokenizer(" Paris")["input_ids"][0]
+
+
 # Through pip itself, offline
 
 
@@ -452,7 +579,7 @@ def test_resolve_takes_assets_and_folders(cache, pip, tmp_path, monkeypatch):
 
 
 def test_resolve_refuses_what_is_not_there(cache, tmp_path):
-    known = "asset:all-MiniLM-L6-v2, asset:ml-100k, asset:tiny"
+    known = "asset:all-MiniLM-L6-v2, asset:ml-100k, asset:SmolLM2-135M-Instruct, asset:tiny"
     assert f"the asset must be one of {known}, got 'none'" in failure(assets.resolve, "asset:none")
     message = failure(assets.resolve, str(tmp_path / "none"))
     assert f"'{tmp_path / 'none'}' must be an existing folder" in message

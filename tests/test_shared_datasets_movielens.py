@@ -9,7 +9,7 @@ import pytest
 
 from shared import assets, datasets
 from shared.datasets import Record, split_by_time
-from shared.errors import DataError
+from shared.errors import DataError, ScenarioError
 
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 ITEM = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
@@ -50,9 +50,11 @@ def grouplens(folder, *, ratings=RATINGS, films=GROUPLENS_FILMS):
 
 
 def refused(folder):
+    """The message a broken folder is refused with: one line, and not a long one whatever the file holds."""
     with pytest.raises(DataError) as caught:
         datasets.read("movielens-100k", folder)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(folder), "")) < 400
     return str(caught.value)
 
 
@@ -160,6 +162,12 @@ def test_a_title_may_hold_what_some_take_for_a_line_end(tmp_path):
         ("-2\t1\t5\t300", "user id must be a whole number, got '-2'"),
         ("2\t1\t5\t3e2", "timestamp must be a whole number, got '3e2'"),
         ("10\t3\t2\t999", "user 10 must rate item 3 once, got a second rating"),
+        ("2\t1\t0_4\t300", "rating must be in 1..5, got 0_4"),
+        ("2\t1\t5\t" + "9" * 19, "timestamp must have at most 18 digits, got 19"),
+        ("2\t1\t5\t" + "9" * 5000, "timestamp must have at most 18 digits, got 5000"),
+        ("2\t1\t" + "a" * 500 + "\t300", "rating must be a number, got '" + "a" * 59 + "…'"),
+        ("2\t1\t5\t3\0", "text must hold no NUL byte, got one"),
+        ("2\t1\t5\t" + "9" * 20_000, "must be at most 10000 characters long, got 20006"),
     ],
 )
 @pytest.mark.parametrize(
@@ -205,6 +213,8 @@ def test_a_bad_film_is_refused_in_the_original(tmp_path, bad, says):
 def test_only_plain_digits_are_a_number(tmp_path):
     message = refused(recbole(tmp_path, ratings=RATINGS.replace("10\t3", "\uff11\t3")))  # a full-width 1
     assert "line 2: user id must be a whole number" in message
+    message = refused(recbole(tmp_path, ratings=RATINGS.replace("\t4\t", "\t\u0664\t")))  # an Arabic 4
+    assert "line 2: rating must be in 1..5" in message
 
 
 def test_a_film_without_a_year_has_no_parentheses(tmp_path):
@@ -243,6 +253,35 @@ def test_bytes_of_another_encoding_are_refused_by_line(tmp_path):
     assert f"{path}, line 7: text must be utf-8, got byte 0xe9" in refused(tmp_path)
 
 
+def test_an_original_that_was_converted_is_refused(tmp_path):
+    path = grouplens(tmp_path) / "u.item"
+    path.write_text(GROUPLENS_FILMS, encoding="utf-8")  # "é" would be read as "Ã©"
+    assert f"{path} must be latin-1 as published, got utf-8" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("write", "name"), [(recbole, "ml-100k.item"), (grouplens, "u.item"), (grouplens, "u.data")])
+def test_utf_16_is_refused(tmp_path, write, name):
+    path = write(tmp_path) / name
+    path.write_bytes(path.read_bytes().decode("latin-1").encode("utf-16"))
+    assert f"{path}, line 1: text must hold no NUL byte" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["movies.csv", "ratings.csv", "tags.csv"], "holds movies.csv and ratings.csv, as MovieLens latest"),
+        (["movies.dat", "ratings.dat"], "holds movies.dat and ratings.dat, as MovieLens 1M"),
+        (["u.data", "notes.txt"], "does not hold both files of either layout, but notes.txt, u.data."),
+        ([f"{i}.txt" for i in range(9)], "but 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, …."),
+        ([], "but nothing."),
+    ],
+)
+def test_files_of_another_format_are_named(tmp_path, names, says):
+    for name in names:
+        (tmp_path / name).touch()
+    assert says in refused(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["ml-100k.inter", "ml-100k.item"])
 def test_a_missing_file_names_what_is_expected(tmp_path, name):
     (recbole(tmp_path) / name).unlink()
@@ -253,7 +292,7 @@ def test_a_missing_file_names_what_is_expected(tmp_path, name):
 
 
 def test_an_unknown_format_names_the_known_ones(tmp_path):
-    with pytest.raises(DataError, match="must be one of movielens-100k, got 'movielens-1b'"):
+    with pytest.raises(ScenarioError, match=r"data format must be 'movielens-100k', .* or 'sotu', got 'movielens-1b'"):
         datasets.read("movielens-1b", tmp_path)
 
 

@@ -7,22 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.adapter import (
-    Head,
-    check_arrays,
-    load_shared,
-    make_start,
-    pooled_features,
-    read_shared,
-    shared_parameters,
-    shared_slots,
-)
-from shared.config import AdapterConfig
+from shared.adapter import check_arrays, load_shared, make_start, read_shared, shared_parameters, shared_slots
+from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import AssetError, CampaignError, ScenarioError
-from shared.features import cached_features, compute_features
+from shared.features import cached_features, compute_features, compute_hidden
+from shared.head import RatingHead, pooled_features
 from shared.model import load_base
 
 ADAPTER = AdapterConfig(rank=2, whitened_features=8, targets=("output.dense", "attention.self.query"))
+
+
+def make_head(base, *, blocks=1, method="ffa-lora"):
+    """A fresh head for ratings."""
+    model, federation = ModelConfig(head_blocks=blocks), FederationConfig(method=method)
+    return RatingHead(base, Scenario(name="tiny", model=model, adapter=ADAPTER, federation=federation))
 
 
 def reference(base, text):
@@ -37,42 +35,53 @@ def reference(base, text):
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_every_cut_gives_the_features_of_the_whole_model(tiny_base, tiny_texts, blocks):
     features = compute_features(tiny_base, tiny_texts, head_blocks=blocks, max_tokens=32)
-    head = Head(tiny_base, blocks=blocks, adapter=ADAPTER, method="fedavg", centre=3.0)
+    head = make_head(tiny_base, blocks=blocks, method="fedavg")
     found = pooled_features(head, features, batch=5)
     wanted = np.stack([reference(tiny_base, text) for text in tiny_texts])
     np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 def test_the_cache_gives_what_was_computed_and_computes_only_what_is_new(tiny_base, tiny_texts, tmp_path, monkeypatch):
-    settings = {"head_blocks": 1, "max_tokens": 32, "cache": tmp_path, "quiet": True}
-    first = cached_features(tiny_base, tiny_texts[:8], **settings)
+    settings = {"head_blocks": 1, "cache": tmp_path, "quiet": True}
+    ids = tiny_base.tokenize(tiny_texts, max_tokens=32)
+    first = cached_features(tiny_base, ids[:8], **settings)
     direct = compute_features(tiny_base, tiny_texts[:8], head_blocks=1, max_tokens=32)
     for a, b in zip(first.batch(range(8)), direct.batch(range(8)), strict=True):
         assert torch.equal(a, b)
 
     computed = []
 
-    def counting(base, texts, **arguments):
-        computed.extend(texts)
-        return compute_features(base, texts, **arguments)
+    def counting(base, token_ids, **arguments):
+        computed.extend(token_ids)
+        return compute_hidden(base, token_ids, **arguments)
 
-    monkeypatch.setattr("shared.features.compute_features", counting)
-    again = cached_features(tiny_base, [*tiny_texts[:10], tiny_texts[3]], **settings)
-    assert computed == tiny_texts[8:10]
+    monkeypatch.setattr("shared.features.compute_hidden", counting)
+    again = cached_features(tiny_base, [*ids[:10], ids[3]], **settings)
+    assert computed == ids[8:10]
     assert torch.equal(again.batch([3])[0], again.batch([10])[0])
 
 
-def test_another_cut_length_or_base_has_a_cache_of_its_own(tiny_base, make_tiny_base, tiny_texts, tmp_path):
+def test_another_cut_or_base_has_a_cache_of_its_own(tiny_base, make_tiny_base, tiny_texts, tmp_path):
     other = make_tiny_base(tmp_path / "other", seed=5)
-    for base, blocks, tokens in [(tiny_base, 1, 32), (tiny_base, 0, 32), (tiny_base, 1, 16), (other, 1, 32)]:
-        cached_features(base, tiny_texts[:2], head_blocks=blocks, max_tokens=tokens, cache=tmp_path / "c", quiet=True)
-    assert len(list((tmp_path / "c").iterdir())) == 4
+    for base, blocks in [(tiny_base, 1), (tiny_base, 0), (other, 1)]:
+        ids = base.tokenize(tiny_texts[:2], max_tokens=32)
+        cached_features(base, ids, head_blocks=blocks, cache=tmp_path / "c", quiet=True)
+    assert len(list((tmp_path / "c").iterdir())) == 3
+
+
+def test_a_text_cut_shorter_is_another_entry(tiny_base, tiny_texts, tmp_path):
+    long = max(tiny_texts, key=len)
+    for tokens in (32, 8):
+        ids = tiny_base.tokenize([long], max_tokens=tokens)
+        found = cached_features(tiny_base, ids, head_blocks=1, cache=tmp_path, quiet=True)
+        assert found.lengths.tolist() == [tokens]
 
 
 @pytest.mark.parametrize("damage", ["bit", "truncated", "index", "unfinished"])
 def test_a_damaged_shard_is_computed_anew(tiny_base, tiny_texts, tmp_path, damage):
-    settings = {"head_blocks": 1, "max_tokens": 32, "cache": tmp_path, "quiet": True}
-    wanted, _ = cached_features(tiny_base, tiny_texts[:4], **settings).batch(range(4))
+    settings = {"head_blocks": 1, "cache": tmp_path, "quiet": True}
+    ids = tiny_base.tokenize(tiny_texts[:4], max_tokens=32)
+    wanted, _ = cached_features(tiny_base, ids, **settings).batch(range(4))
     wanted = wanted.clone()
     [matrix], [index] = tmp_path.glob("*/*.npy"), tmp_path.glob("*/*.json")
     content = bytearray(matrix.read_bytes())
@@ -85,7 +94,7 @@ def test_a_damaged_shard_is_computed_anew(tiny_base, tiny_texts, tmp_path, damag
         index.write_text("{")
     else:
         index.unlink()
-    found, _ = cached_features(tiny_base, tiny_texts[:4], **settings).batch(range(4))
+    found, _ = cached_features(tiny_base, ids, **settings).batch(range(4))
     assert torch.equal(found, wanted)
 
 
@@ -93,7 +102,7 @@ def test_a_damaged_shard_is_computed_anew(tiny_base, tiny_texts, tmp_path, damag
     ("method", "parts"), [("ffa-lora", {"lora_B", "weight"}), ("fedavg", {"lora_A", "lora_B", "weight"})]
 )
 def test_a_method_trains_its_parts_and_nothing_of_the_base(tiny_base, method, parts):
-    head = Head(tiny_base, blocks=1, adapter=ADAPTER, method=method, centre=3.0)
+    head = make_head(tiny_base, blocks=1, method=method)
     slots = shared_slots(head)
     assert {slot.name.split(".")[-1] for slot in slots} == parts
     assert all(slot.scope == "global" for slot in slots)
@@ -104,14 +113,14 @@ def test_a_method_trains_its_parts_and_nothing_of_the_base(tiny_base, method, pa
 
 def test_the_start_whitens_the_public_texts_and_changes_no_prediction(tiny_base, tiny_texts):
     features = compute_features(tiny_base, tiny_texts, head_blocks=1, max_tokens=32)
-    head = Head(tiny_base, blocks=1, adapter=ADAPTER, method="ffa-lora", centre=3.0)
+    head = make_head(tiny_base, blocks=1, method="ffa-lora")
     start = make_start(head, features, ridge=0.0, seed=0)
     pooled = pooled_features(head, features).astype(np.float64)
     whitened = (pooled - start["mean"]) @ start["whitening"]
     covariance = np.cov(whitened.T)
     np.testing.assert_allclose(covariance, covariance[0, 0] * np.eye(8), atol=1e-4)
     assert np.mean(np.sum(whitened**2, axis=1)) == pytest.approx(1.0, rel=1e-4)
-    assert torch.equal(head(*features.batch([0, 1])), torch.tensor([3.0, 3.0]))
+    assert torch.equal(head.predict(*features.batch([0, 1])), torch.tensor([3.0, 3.0]))
     other = make_start(head, features, ridge=0.0, seed=1)
     changed = {name for name in start if not np.array_equal(start[name], other[name])}
     assert changed == {name for name in start if name.endswith("lora_A")}
@@ -119,7 +128,7 @@ def test_the_start_whitens_the_public_texts_and_changes_no_prediction(tiny_base,
 
 def test_the_folded_output_predicts_what_the_head_predicts(tiny_base, tiny_texts):
     features = compute_features(tiny_base, tiny_texts, head_blocks=1, max_tokens=32)
-    head = Head(tiny_base, blocks=1, adapter=ADAPTER, method="fedavg", centre=3.0)
+    head = make_head(tiny_base, blocks=1, method="fedavg")
     make_start(head, features, ridge=0.05, seed=0)
     with torch.no_grad():
         for parameter in shared_parameters(head).values():
@@ -127,12 +136,12 @@ def test_the_folded_output_predicts_what_the_head_predicts(tiny_base, tiny_texts
     weight, bias = head.output_layer()
     rows = list(range(len(features)))
     with torch.no_grad():
-        wanted = head(*features.batch(rows)).numpy()
+        wanted = head.predict(*features.batch(rows)).numpy()
     np.testing.assert_allclose(pooled_features(head, features) @ weight + bias, wanted, atol=1e-4)
 
 
 def test_arrays_go_in_and_out_and_wrong_ones_stay_out(tiny_base):
-    head = Head(tiny_base, blocks=1, adapter=ADAPTER, method="ffa-lora", centre=3.0)
+    head = make_head(tiny_base, blocks=1, method="ffa-lora")
     arrays = {name: array + 1 for name, array in read_shared(head).items()}
     load_shared(head, arrays)
     for name, array in read_shared(head).items():
@@ -151,7 +160,7 @@ def test_arrays_go_in_and_out_and_wrong_ones_stay_out(tiny_base):
 
 def test_heads_share_no_state_with_each_other_or_the_base(tiny_base):
     before = {name: p.clone() for name, p in tiny_base.model.named_parameters()}
-    one, two = (Head(tiny_base, blocks=1, adapter=ADAPTER, method="fedavg", centre=3.0) for _ in range(2))
+    one, two = (make_head(tiny_base, blocks=1, method="fedavg") for _ in range(2))
     load_shared(one, {name: array + 1 for name, array in read_shared(one).items()})
     assert not np.array_equal(read_shared(one)["output.weight"], read_shared(two)["output.weight"])
     assert all(torch.equal(p, before[name]) for name, p in tiny_base.model.named_parameters())

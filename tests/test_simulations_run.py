@@ -16,14 +16,14 @@ from flwr.app import Message
 from client.app import app as client_app
 from client.optimizer import PolicyOptimizer
 from client.site import accepted_campaign, open_site, resident_base, resident_dataset
-from server.app import make_server_app
-from server.checkpoint import load_checkpoint
+from server.app import run_rounds
+from server.checkpoint import checkpoint_path, load_checkpoint
 from shared import wire
-from shared.campaign import read_campaign, write_campaign
+from shared.campaign import Resumed, read_campaign, write_campaign, write_resumed
 from shared.config import load_scenario
 from shared.errors import CampaignError, PrivacyError, ScenarioError
-from shared.flower import InlineGrid, run_inline
-from simulations.campaigns import plan_campaigns
+from shared.flower import InlineGrid, run_inline, seats
+from simulations.campaigns import FATAL, plan_campaigns
 from simulations.dry_run import describe, lines
 from simulations.run import simulate
 
@@ -55,20 +55,38 @@ def campaign(tiny_world, tmp_path):
 
     def publish(*, body="", seed=3, name="campaign"):
         planned = plan(load_scenario(tiny_world(tmp_path, body=body), (f"seed={seed}",)))[0]
-        return write_campaign(tmp_path / name, planned.scenario, planned.policy, planned.start)
+        return write_campaign(tmp_path / name / "lora", planned.scenario, planned.policy, planned.start)
 
     return publish
 
 
-def run_campaign(campaign, *, client=client_app, devices=12):
-    grid = InlineGrid(client, devices=devices, run_config={"campaign": str(campaign.folder)})
-    run_inline(make_server_app(), grid, run_config={"campaign": str(campaign.folder)})
-    return grid, load_checkpoint(campaign.folder / "checkpoints" / f"round-{campaign.policy.rounds:04d}")
+def run_campaign(campaign, *, client=client_app, devices=12, fatal=()):
+    grids = []
+
+    def main(grid):
+        grids.append(grid)
+        run_rounds(grid, campaign, roster=seats(grid, devices=devices), fatal=fatal)
+
+    run_inline(main, client, devices=devices, run_config=config_of(campaign))
+    return grids[0], load_checkpoint(checkpoint_path(campaign.folder / "checkpoints", campaign.policy.rounds))
+
+
+def config_of(campaign):
+    return {"campaigns": str(campaign.folder.parent)}
 
 
 def test_the_run_folder_holds_what_the_documentation_says(run):
     scenario, out, summary = run
-    names = {"scenario.json", "run.json", "metrics.jsonl", "summary.json", "user_rmse.json", "report.html", "heads"}
+    names = {
+        "scenario.json",
+        "run.json",
+        "metrics.jsonl",
+        "summary.json",
+        "user_scores.json",
+        "report.html",
+        "heads",
+        "events",
+    }
     assert names | {"campaigns"} == {path.name for path in out.iterdir()}
     assert load_scenario(out / "scenario.json") == scenario
     assert read_json(out / "summary.json") == json.loads(json.dumps(summary))
@@ -142,12 +160,19 @@ def test_too_few_good_replies_stop_the_campaign_and_keep_what_was_done(campaign)
         run_campaign(published, client=Faulty(faults))
 
 
+def test_in_a_simulation_one_broken_device_stops_the_run(campaign):
+    published = campaign()
+    broken = Faulty({0: lambda _: wire.pack_refusal("INTERNAL")})
+    with pytest.raises(CampaignError, match=r"must answer in a simulation; in round \d 1 did not \(INTERNAL"):
+        run_campaign(published, client=broken, fatal=FATAL)
+
+
 def answer(campaign, *, device=0, node_config=None, context=None, **changes):
     """What one device answers to a request that may be changed."""
     request = {"round_number": 1, "policy_sha256": campaign.policy.sha256}
     arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
     arrays = changes.pop("arrays", arrays)
-    grid = context or InlineGrid(client_app, devices=12, run_config={"campaign": str(campaign.folder)})
+    grid = context or InlineGrid(client_app, devices=12, run_config=config_of(campaign))
     if node_config is not None:
         grid._contexts[1000 + device].node_config.clear()
         grid._contexts[1000 + device].node_config.update(node_config)
@@ -158,7 +183,7 @@ def answer(campaign, *, device=0, node_config=None, context=None, **changes):
 
 def update_of(campaign, *, device):
     """Code and arrays of one device's answer to the first round."""
-    grid = InlineGrid(client_app, devices=12, run_config={"campaign": str(campaign.folder)})
+    grid = InlineGrid(client_app, devices=12, run_config=config_of(campaign))
     arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
     request = wire.pack_request(arrays, round_number=1, policy_sha256=campaign.policy.sha256)
     [reply] = grid.send_and_receive([Message(request, dst_node_id=1000 + device, message_type="train")])
@@ -186,6 +211,16 @@ def test_a_device_takes_part_no_more_often_than_it_paid_for(campaign):
     assert code is None
     assert answer(published, context=grid)[0] == "ROUND"  # the same round again
     assert answer(published, context=grid, round_number=2)[0] == "BUDGET"
+
+
+def test_a_device_of_a_resumed_simulation_remembers_what_it_spent(campaign):
+    published = campaign()  # max_participations = 1
+    write_resumed(published.folder, Resumed(1, {0: 1}))
+    assert answer(published, round_number=1)[0] == "ROUND"
+    assert answer(published, round_number=2)[0] == "BUDGET"
+    assert answer(published, device=1, round_number=2)[0] is None
+    write_resumed(published.folder, None)
+    assert answer(published, round_number=1)[0] is None
 
 
 def test_outside_a_simulation_no_device_trains(campaign):
@@ -238,14 +273,14 @@ def test_a_device_certifies_the_price_itself(campaign, change):
     (published.folder / "policy.json").write_text(policy.model_dump_json(), encoding="utf-8")
     assert answer(published, policy_sha256=policy.sha256)[0] == "POLICY"
     with pytest.raises(PrivacyError, match=r"must give the epsilon|must be"):
-        accepted_campaign(str(published.folder))
+        accepted_campaign(str(published.folder.parent), policy.sha256)
 
 
 def test_nothing_is_read_before_the_round_is_spent(campaign, monkeypatch):
     published = campaign()
     order = []
     monkeypatch.setattr("client.app._spend", lambda *_: order.append("spend"))
-    monkeypatch.setattr("client.app.open_site", lambda folder: order.append("read") or open_site(folder))
+    monkeypatch.setattr("client.app.open_site", lambda *where: order.append("read") or open_site(*where))
     answer(published)
     assert order == ["spend", "read"]
 
@@ -355,7 +390,8 @@ def test_the_command_predicts_with_a_head_of_the_run(run):
         (["simulate", "SCENARIO", "--set", "privacy.delta=1.5"], "privacy.delta must be less than 1, got 1.5"),
         (["report", "nowhere"], "nowhere"),
         (["simulate", "SCENARIO", "--out", "/proc/nowhere/out"], "must be a folder that can be made"),
-        (["simulate"], "the following arguments are required: scenario; try"),
+        (["simulate"], "simulate needs a scenario file, or --resume"),
+        (["simulate", "--resume", "nowhere"], "--resume must name the folder of a run that had begun"),
         (["bench", "step", "--rounds", "0"], "must be a whole number of at least 1, got '0'"),
         (["client", "predict", "--head", "nowhere", "--text", "x"], "nowhere"),
     ],

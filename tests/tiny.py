@@ -6,8 +6,8 @@ import string
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from shared.model import Base, load_base
 
@@ -70,6 +70,40 @@ def tiny_base(folder: Path, *, layers: int = 2, seed: int = 0) -> Base:
     return load_base(folder)
 
 
+def tiny_llama(folder: Path, *, layers: int = 2, seed: int = 0) -> Path:
+    """Write a causal LM of width 32 in the hub's layout: grouped heads, tied embeddings, byte-level BPE, pad = eos."""
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merged = ("er", "in", "Ġt", "Ġth")
+    vocabulary = {token: i for i, token in enumerate((*special, *alphabet, *merged))}
+    merges = [("e", "r"), ("i", "n"), ("Ġ", "t"), ("Ġt", "h")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,  # onnxruntime's fused attention takes multiples of 16
+        intermediate_size=64,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,  # as in SmolLM2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def tiny_movielens(folder: Path, *, users: int = 12, films: int = 40, seed: int = 0) -> Path:
     """Write an invented data set in the layout of MovieLens 100k: every user has a taste for some genres."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +140,52 @@ privacy.max_participations = 1
 privacy.delta = 1e-4
 evaluation.bootstrap_resamples = 50
 export.users = 2
+{body}
+''',
+        encoding="utf-8",
+    )
+    return path
+
+
+def tiny_dialogues(folder: Path, *, personas: int = 6, dialogues: int = 18, seed: int = 0) -> Path:
+    """Write invented dialogues in the layout of ConvAI2: every persona has words of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    words = ("tea", "rain", "books", "dogs", "trains", "songs", "cake", "hills", "boats")
+    favourites = [draw.sample(words, 3) for _ in range(personas)]
+    lines = []
+    for dialogue in range(dialogues):
+        mine = favourites[dialogue % personas]
+        lines += [f"{i} your persona: i like {word} ." for i, word in enumerate(mine, start=1)]
+        turns = draw.randint(2, 4)
+        said = [f"do you like {draw.choice(words)} ?\ti like {draw.choice(mine)} the most ." for _ in range(turns)]
+        lines += [f"{i} {turn}" for i, turn in enumerate(said, start=len(mine) + 1)]
+    (folder / "valid_self_original_no_cands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def tiny_generation(folder: Path, *, base: Path, data: Path, body: str = "") -> Path:
+    """Write a scenario of next utterances that runs in seconds on a tiny Llama; ``body`` is more TOML."""
+    path = folder / "tiny-generation.toml"
+    path.write_text(
+        f'''
+name = "tiny-generation"
+seed = 3
+data.format = "convai2"
+data.source = "{data}"
+task.name = "generation"
+task.template = "<|im_start|>{{text}}<|im_end|>"
+model.base = "{base}"
+model.max_tokens = 48
+adapter.rank = 2
+adapter.targets = ["mlp.down_proj", "self_attn.q_proj"]
+federation.rounds = 2
+federation.cohort_size = 2
+privacy.max_participations = 1
+privacy.delta = 1e-3
+linear.enabled = false
+evaluation.bootstrap_resamples = 50
+export.users = 1
 {body}
 ''',
         encoding="utf-8",

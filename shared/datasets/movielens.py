@@ -1,5 +1,6 @@
 """MovieLens 100k, as GroupLens published it or RecBole copied it: films as texts, stars as targets."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
     "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
+MAX_LINE = 10_000  # the longest published one has 200
+MAX_DIGITS = 18  # fits 64 bits
+OTHER_RELEASES = {
+    "MovieLens latest, 20M or 25M": ("movies.csv", "ratings.csv"),
+    "MovieLens 1M or 10M": ("movies.dat", "ratings.dat"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,18 @@ def _find_layout(folder: Path) -> Layout:
         if (folder / layout.ratings).is_file() and (folder / layout.films).is_file():
             return layout
     expected = " or ".join(f"{layout.ratings} and {layout.films}" for layout in LAYOUTS)
-    found = "is not a folder" if not folder.is_dir() else "does not hold both files of either layout"
-    raise DataError(f"MovieLens 100k needs {expected}; {folder} {found}. Give the folder that holds them.")
+    raise DataError(f"MovieLens 100k needs {expected}; {folder} {_found(folder)}. Give the folder that holds them.")
+
+
+def _found(folder: Path) -> str:
+    if not folder.is_dir():
+        return "is not a folder"
+    names = sorted(path.name for path in folder.iterdir())
+    for release, files in OTHER_RELEASES.items():
+        if set(files) <= set(names):
+            return f"holds {' and '.join(files)}, as {release} has them, which this format does not read"
+    shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+    return f"does not hold both files of either layout, but {shown or 'nothing'}"
 
 
 def _read_films(path: Path, layout: Layout) -> dict[int, str]:
@@ -120,19 +137,25 @@ def _rows(
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} must be readable, got: {error.strerror}; check its permissions.") from error
+    if (nul := content.find(b"\0")) >= 0:
+        raise _at(path, content.count(b"\n", 0, nul) + 1, "text must hold no NUL byte, got one")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise _at(path, line, f"text must be {encoding}, got byte 0x{content[error.start]:02x}") from None
+    if encoding == "latin-1" and not content.isascii() and _is_utf8(content):  # latin-1 itself refuses nothing
+        raise DataError(f"{path} must be latin-1 as published, got utf-8; fetch or copy the file again.")
     # Not splitlines(): it would also split at characters that titles may hold.
     lines = [row.removesuffix("\r") for row in text.rstrip("\r\n").split("\n")]
     if header is not None and lines[0] != header:
-        raise _at(path, 1, f"header must be {header!r}, got {lines[0]!r}")
+        raise _at(path, 1, f"header must be {header!r}, got {_short(lines[0])!r}")
     first = 0 if header is None else 1
     if lines[first:] in ([], [""]):
         raise DataError(f"{path} must hold at least one row, got none; fetch or copy the file again.")
     for number, row in enumerate(lines[first:], start=first + 1):
+        if len(row) > MAX_LINE:
+            raise _at(path, number, f"must be at most {MAX_LINE} characters long, got {len(row)}")
         columns = row.split(separator)
         if len(columns) != num_columns:
             raise _at(path, number, f"must have {num_columns} columns, got {len(columns)}")
@@ -149,31 +172,46 @@ def _text_recbole(columns: list[str]) -> str:
 def _text_grouplens(columns: list[str]) -> str:
     title, _release, _video_release, _url, *flags = columns
     if not set(flags) <= {"0", "1"}:
-        raise ValueError(f"the {len(GENRES)} genre flags must be 0 or 1, got {'|'.join(flags)}")
+        raise ValueError(f"the {len(GENRES)} genre flags must be 0 or 1, got {_short('|'.join(flags))}")
     return _text(title, [genre for genre, flag in zip(GENRES, flags, strict=True) if flag == "1"])
 
 
 def _text(title_and_year: str, genres: list[str]) -> str:
     title_and_year = title_and_year.strip()  # some published titles end in a blank
     if not title_and_year or not genres:
-        raise ValueError(f"a film must have a title and a genre, got {title_and_year!r} and {genres}")
+        raise ValueError(f"a film must have a title and a genre, got {_short(title_and_year)!r} and {genres}")
     return f"{title_and_year}. {', '.join(genres)}"
 
 
 def _whole_number(name: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise ValueError(f"{name} must be a whole number, got {text!r}")
+        raise ValueError(f"{name} must be a whole number, got {_short(text)!r}")
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{name} must have at most {MAX_DIGITS} digits, got {len(text)}")
     return int(text)
 
 
 def _stars(text: str) -> float:
     try:
-        stars = float(text)
+        stars = float(text) if text.isascii() and "_" not in text else math.nan  # Python takes more for a number
     except ValueError:
-        raise ValueError(f"rating must be a number, got {text!r}") from None
+        raise ValueError(f"rating must be a number, got {_short(text)!r}") from None
     if not 1 <= stars <= 5:
-        raise ValueError(f"rating must be in 1..5, got {text}")
+        raise ValueError(f"rating must be in 1..5, got {_short(text)}")
     return stars
+
+
+def _short(text: str) -> str:
+    """A value quoted in a message: never a whole line of a user's file."""
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _at(path: Path, line: int, what: str) -> DataError:

@@ -1,7 +1,10 @@
 """What every data format is read into, and the one way a user's records are split."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from shared.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,12 +16,19 @@ class Record:
         target: What it is to predict.
         item: Published id of the thing the text describes.
         timestamp: Seconds since 1970.
+        response: What the user answered to the text; empty where the target is a number.
     """
 
     text: str
     target: float
     item: str
     timestamp: int
+    response: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the model sees of the record."""
+        return self.text, self.response
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,35 @@ class Dataset:
     name: str
     users: tuple[UserData, ...]
     public_texts: tuple[str, ...]
+
+
+def check_dataset(found: object, format_name: str) -> Dataset:
+    """What a reader gave, where it keeps what the rest of the project rests on.
+
+    Raises:
+        DataError: No data set, no user or no record in it, a user twice or with a name unfit for a folder, a text that
+            is none, a target that is not finite, or a public text twice.
+    """
+    if not isinstance(found, Dataset):
+        raise DataError(f"the reader of {format_name!r} must give a Dataset, got {type(found).__name__}; mend it.")
+    if not any(user.train or user.test for user in found.users):
+        raise DataError(f"data of format {format_name!r} must hold at least one user with a record, got none.")
+    if len(set(found.public_texts)) != len(found.public_texts):
+        raise DataError(f"public texts must be distinct in data of format {format_name!r}, got one twice.")
+    seen: set[str] = set()
+    for user in found.users:
+        if not user.user.isprintable() or "/" in user.user or not 0 < len(user.user) <= 100:
+            raise DataError(f"a user of format {format_name!r} must be a plain name, got {user.user[:100]!r}.")
+        if user.user in seen:
+            raise DataError(f"user {user.user!r} must occur once in data of format {format_name!r}, got it again.")
+        seen.add(user.user)
+        for record in user.train + user.test:
+            for name, text in (("text", record.text), ("response", record.response)):
+                if not isinstance(text, str):
+                    raise DataError(f"user {user.user!r}: {name} must be a string, got {type(text).__name__}.")
+            if not math.isfinite(record.target):
+                raise DataError(f"user {user.user!r}: target must be finite, got {record.target}.")
+    return found
 
 
 def split_by_time(

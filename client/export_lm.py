@@ -1,0 +1,299 @@
+"""Write personal heads of a causal language model: one ONNX base with empty slots, and one small adapter per user.
+
+The folders are those of client/export.py, their manifests of other kinds (``lm-base``, ``lm-adapter``). Nothing takes
+its place before the device's own runtime has run it, from the written files, and agreed with torch: on the logits of
+probe texts, on a greedy answer through the key-value cache, and on the known answer that each device will repeat.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from client.artifact import (
+    ADAPTER,
+    DEFAULT_BASE,
+    MANIFEST,
+    MODEL,
+    PERSONAL_NOTE,
+    SCHEMA,
+    TOKENIZER,
+    describe_files,
+    distinct,
+    lora_differs,
+    new_folder,
+    write_json,
+)
+from client.generation import MAX_TOLERANCE, Generator, open_generator
+from client.graph_lm import build_lm_graph, list_slots, lm_graph_key, read_cache_shape, read_stop_ids, slot_layers
+from client.language import LanguageBase, lm_base_id, open_lm_base
+from client.slots import describe_slot, graph_format, read_graph, store_graph
+from shared.errors import HeadError
+
+Logits = Callable[[np.ndarray], np.ndarray]  # token ids (1, T) int64 -> logits (1, T, V)
+
+TOLERANCE = 1e-3  # largest absolute difference of a logit between torch and ONNX Runtime
+GREEDY_TOKENS = 32
+_GREEDY_PROBES = 1
+_KNOWN_TEXT = "The film begins in a small town. I liked it because"  # public: it goes into every manifest
+_KNOWN_PLACES = 8  # logits in a known answer
+_MIN_EFFECT = 1e-3  # an adapter that changes less cannot be told from another machine's rounding
+
+
+def export_lm_base(
+    model_folder: Path,
+    folder: Path,
+    *,
+    base_sha256: str,
+    blocks: Sequence[int],
+    targets: Sequence[str],
+    max_tokens: int,
+    probe_texts: Sequence[str],
+    logits: Logits | None = None,
+    template: str = "{text}",
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Write the fleet's language model: one ONNX graph with a key-value cache and empty LoRA slots.
+
+    Args:
+        model_folder: The model in the hub's layout, weights in one ``model.safetensors``.
+        folder: Replaced as a whole at the end, or left as it was.
+        base_sha256: Hash of the frozen base, as the campaign's policy names it.
+        blocks: Absolute numbers of the blocks that get LoRA slots.
+        targets: Linear layers of a block that get slots, such as ``self_attn.q_proj``.
+        max_tokens: Prompt and answer together; at most what the model knows positions for.
+        probe_texts: At least 16 different texts; they are compared and not written.
+        logits: The reference; by default the model as transformers loads it.
+        template: What devices put around a prompt, at ``{text}``, as in training; not around the probe texts.
+        cache: Folder of finished graphs; one made before from the same base and slots is used again.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        HeadError: A block or target does not exist, the graph cannot be built or is too large, empty slots change its
+            outputs, or torch and ONNX Runtime differ. The folder is left as it was.
+
+    Guarantee:
+        With no adapter the logits equal those of the graph without slots bit for bit on the probe texts.
+    """
+    probes = distinct(probe_texts)
+    shape, positions = read_cache_shape(model_folder)
+    if not 1 <= max_tokens <= positions:
+        raise HeadError(f"max_tokens must be between 1 and the model's {positions} positions, got {max_tokens}.")
+    if template.count("{text}") != 1:
+        raise HeadError(f"template must hold {{text}} exactly once, got {template!r}.")
+    layers = slot_layers(model_folder, blocks, targets)
+    key = lm_graph_key(base_sha256, list(layers))
+    model = read_graph(cache, key)
+    if model is None:
+        model = build_lm_graph(model_folder, layers, token_ids=_encode(model_folder / TOKENIZER, probes, max_tokens))
+        store_graph(cache, key, model)
+    with new_folder(folder) as new:
+        (new / MODEL).write_bytes(model)
+        shutil.copyfile(model_folder / TOKENIZER, new / TOKENIZER)
+        manifest: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "lm-base",
+            "base_sha256": base_sha256,
+            "files": describe_files(new, MODEL, TOKENIZER),
+            "tokenizer": {
+                "max_tokens": max_tokens,
+                "stop_ids": read_stop_ids(model_folder),
+                "template": template,
+            },
+            "slots": list_slots(layers),
+            "cache": {"layers": shape.layers, "heads": shape.heads, "width": shape.width},
+            "onnx": graph_format(model),
+        }
+        del model
+        manifest["id"] = lm_base_id(manifest)
+        write_json(new / MANIFEST, manifest)
+        bare = open_generator(new)
+        manifest["parity"] = _compare(bare, logits or torch_logits(model_folder), probes)
+        write_json(new / MANIFEST, manifest)
+    return manifest
+
+
+def export_lm_head(
+    folder: Path,
+    *,
+    base_folder: Path | LanguageBase,
+    base_sha256: str,
+    lora: Mapping[str, np.ndarray],
+    scaling: float,
+    logits: Logits,
+    user: str,
+    privacy: Mapping[str, object],
+    probe_texts: Sequence[str],
+    created: datetime,
+) -> dict[str, Any]:
+    """Write one user's adapter for an exported language model, and prove that the device computes what torch does.
+
+    Args:
+        folder: Replaced as a whole at the end, or left as it was; the base's sibling by convention.
+        base_folder: What ``export_lm_base`` wrote, or that opened, which many exports can share.
+        base_sha256: Hash of the frozen base the adapter was trained on.
+        lora: Wire name (``block.<n>.<target>.lora_A`` (r, K) and ``.lora_B`` (N, r)) -> float32 array.
+        scaling: The factor of B @ A in training.
+        logits: The reference in torch, with this adapter.
+        user: The user's id, written to the manifest.
+        privacy: The claim that belongs to the head's shared part, written as given.
+        probe_texts: At least 16 different texts; they are compared and not written.
+        created: Time of the export, written to the manifest.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        HeadError: The base does not fit the adapter, logits or greedy answers differ from torch's, or the adapter has
+            no effect although its tensors say otherwise. The folder is left as it was.
+
+    Guarantee:
+        The device's own runtime, reading the written files, agrees with torch on every probe text.
+    """
+    probes = distinct(probe_texts)
+    base = base_folder if isinstance(base_folder, LanguageBase) else open_lm_base(base_folder)
+    tensors = slot_tensors(lora, scaling=scaling)
+    with new_folder(folder) as new:
+        (new / ADAPTER).write_bytes(save(tensors))
+        manifest: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "lm-adapter",
+            "user": user,
+            "created": created.isoformat(timespec="seconds"),
+            "personal_data": PERSONAL_NOTE,
+            "base": {
+                "id": base.id,
+                "model_sha256": base.model_sha256,
+                "base_sha256": base_sha256,
+                "folder": DEFAULT_BASE,
+            },
+            "files": describe_files(new, ADAPTER),
+            "rank": max((array.shape[1] for name, array in tensors.items() if name.endswith(".A")), default=0),
+            "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
+            "privacy": dict(privacy),
+            "known_answer": _known_answer(base, tensors, logits),
+        }
+        write_json(new / MANIFEST, manifest)
+        manifest["parity"] = _compare(open_generator(new, base=base), logits, probes)
+        write_json(new / MANIFEST, manifest)
+    return manifest
+
+
+def slot_tensors(lora: Mapping[str, np.ndarray], *, scaling: float) -> dict[str, np.ndarray]:
+    """Wire names -> slots: LoRA transposed to x @ A @ B, its scaling in B.
+
+    Raises:
+        HeadError: A name is not of a LoRA factor.
+
+    Example:
+        >>> found = slot_tensors({"block.3.mlp.up_proj.lora_B": np.ones((5, 2), np.float32)}, scaling=4.0)
+        >>> {name: (array.shape, array.max().item()) for name, array in found.items()}
+        {'lora.block.3.mlp.up_proj.B': ((2, 5), 4.0)}
+    """
+    tensors = {}
+    for name, array in lora.items():
+        layer, _, factor = name.rpartition(".lora_")
+        if not layer.startswith("block.") or factor not in ("A", "B"):
+            raise HeadError(f"an adapter must hold block.<n>.<layer>.lora_A and lora_B, got {name!r}.")
+        scale = np.float32(scaling if factor == "B" else 1.0)
+        tensors[f"lora.{layer}.{factor}"] = np.ascontiguousarray(array.T, dtype=np.float32) * scale
+    return dict(sorted(tensors.items()))
+
+
+def torch_logits(model_folder: Path) -> Logits:
+    """The model's own logits, as transformers computes them in float32 without an adapter."""
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    loader: Any = LlamaForCausalLM
+    model = loader.from_pretrained(model_folder, local_files_only=True, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def logits(token_ids: np.ndarray) -> np.ndarray:
+        found: np.ndarray = model(input_ids=torch.from_numpy(token_ids)).logits.numpy()
+        return found
+
+    return logits
+
+
+def _compare(generator: Generator, logits: Logits, probes: Sequence[str]) -> dict[str, Any]:
+    """The device's runtime against torch, text by text and then token by token through the cache, or HeadError."""
+    base = generator.base
+    texts = [ids[: base.max_tokens] for ids in (base.tokenizer.encode(text).ids for text in probes) if ids]
+    difference = max(_difference(generator.logits(ids), _reference(logits, ids)) for ids in texts)
+    room = base.max_tokens - GREEDY_TOKENS
+    prompts = [ids[:room] for ids in sorted(texts, key=len)[-_GREEDY_PROBES:]] if room >= 1 else []
+    for prompt in prompts:
+        steps = list(generator.steps(prompt, max_new_tokens=GREEDY_TOKENS, stop_at_eos=False))
+        answer = [token for token, _ in steps]
+        # Torch reads prompt and answer at once; by induction its own greedy answer is the same where each choice is.
+        wanted = _reference(logits, prompt + answer[:-1])[len(prompt) - 1 :]
+        difference = max(difference, _difference(np.stack([row for _, row in steps]), wanted))
+        if answer != wanted.argmax(1).tolist():
+            raise HeadError(
+                f"ONNX Runtime and torch must choose the same {GREEDY_TOKENS} greedy tokens, got others with "
+                f"logits within {difference:.2g}; nothing was written. Choose other probe texts if two are as likely."
+            )
+    return {
+        "n_probes": len(texts),
+        "max_abs": difference,
+        "tolerance": TOLERANCE,
+        "greedy_tokens": len(prompts) * GREEDY_TOKENS,
+    }
+
+
+def _known_answer(base: LanguageBase, tensors: Mapping[str, np.ndarray], logits: Logits) -> dict[str, Any]:
+    """Torch's logits with the adapter where it changes them most, and the base's without it."""
+    token_ids = base.tokenizer.encode(_KNOWN_TEXT).ids[: base.max_tokens]
+    personal = _reference(logits, token_ids)[-1]
+    bare = base.run(token_ids, base.cache.empty(), adapter={})[0][-1].astype(np.float64)
+    change = np.abs(personal - bare)
+    effect = float(change.max())
+    active = lora_differs(tensors)
+    if active and not effect >= _MIN_EFFECT:
+        raise HeadError(
+            f"the adapter must change a logit of the known text by at least {_MIN_EFFECT}, got {effect:.2g}; nothing "
+            "was written. Its tensors are too small, or the reference ignores them."
+        )
+    places = np.argsort(-change, kind="stable")[:_KNOWN_PLACES]
+    return {
+        "token_ids": token_ids,
+        "places": places.tolist(),
+        "logits": personal[places].tolist(),
+        "without_adapter": bare[places].tolist(),
+        "tolerance": min(MAX_TOLERANCE, effect / 4) if active else MAX_TOLERANCE,
+    }
+
+
+def _reference(logits: Logits, token_ids: Sequence[int]) -> np.ndarray:
+    """Torch's logits (T, V) in float64."""
+    found: np.ndarray = logits(np.asarray([token_ids], dtype=np.int64))[0].astype(np.float64)
+    return found
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest absolute difference between ONNX Runtime and torch, or HeadError."""
+    difference = float(np.abs(found.astype(np.float64) - wanted).max()) if found.shape == wanted.shape else np.inf
+    if not difference <= TOLERANCE:
+        raise HeadError(
+            f"ONNX Runtime and torch must agree within {TOLERANCE} on the logits of the probe texts, got "
+            f"{difference:.3g}; nothing was written. Export the base again; if that does not help, please report it."
+        )
+    return difference
+
+
+def _encode(tokenizer: Path, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    read = Tokenizer.from_file(str(tokenizer))
+    read.no_padding()
+    read.no_truncation()
+    return [ids[:max_tokens] for ids in (encoding.ids for encoding in read.encode_batch(list(texts))) if ids]

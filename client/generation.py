@@ -1,0 +1,277 @@
+"""Generate text on the device with a language model and a user's adapter. Needs no more than the base install.
+
+A head folder holds the user's ``adapter.safetensors`` and a manifest with a known answer that shows, on this very
+device, that the adapter is at work; client/language.py opens the base beside it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+
+from client.artifact import (
+    ADAPTER,
+    DEFAULT_BASE,
+    MANIFEST,
+    Arrays,
+    check_binding,
+    check_listed,
+    check_slots,
+    damaged,
+    lora_differs,
+    parse_adapter,
+    read_file,
+    read_manifest,
+)
+from client.language import LanguageBase, open_lm_base
+from shared.errors import HeadError
+
+MAX_TOLERANCE = 1e-3  # between the known answer and this device's
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer.
+
+    Attributes:
+        text: Without the token that ended it.
+        token_ids: Of the answer, the token that ended it included.
+        prompt_tokens: How many tokens the prompt had.
+        stopped: ``eos`` or, at ``max_new_tokens``, ``length``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    stopped: Literal["eos", "length"]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A language model with one user's adapter, or alone; generators share a base.
+
+    Attributes:
+        user: The user's id; None for the base alone.
+        manifest: Of the head, or of the base where there is none.
+    """
+
+    user: str | None
+    base: LanguageBase
+    adapter: Arrays
+    manifest: Mapping[str, Any]
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits (T, V) float32 after each of the tokens; the export compares these with torch.
+
+        Raises:
+            HeadError: There is no token, there are more than the model takes, or a logit is not finite.
+        """
+        _check_length(self.base, len(token_ids), 0)
+        return self.base.run(token_ids, self.base.cache.empty(), adapter=self.adapter)[0]
+
+    def steps(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_at_eos: bool = True,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Each new token and the logits (V,) it was chosen from, one run of the model a token."""
+        _check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        _check_length(self.base, len(token_ids), max_new_tokens)
+        random = np.random.default_rng(seed)
+        cache, following = self.base.cache.empty(), token_ids
+        for _ in range(max_new_tokens):
+            logits, cache = self.base.run(following, cache, adapter=self.adapter)
+            token = choose(logits[-1], temperature=temperature, top_p=top_p, random=random)
+            yield token, logits[-1]
+            if stop_at_eos and token in self.base.stop_ids:
+                return
+            following = [token]
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_at_eos: bool = True,
+    ) -> Generation:
+        """Answer a prompt.
+
+        Args:
+            prompt: Put into the base's template, as in training. Special tokens in it count as such.
+            max_new_tokens: The answer is cut after so many.
+            temperature: 0 takes the likeliest token each time; higher draws.
+            top_p: Draw only from the likeliest tokens that together have this probability.
+            seed: Of the draws; None takes fresh randomness.
+            stop_at_eos: Whether the model's end-of-text token ends the answer.
+
+        Raises:
+            HeadError: A setting is impossible, prompt and answer do not fit the model, or a logit is not finite.
+        """
+        token_ids = self.base.encode(prompt)
+        found = self.steps(
+            token_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_at_eos=stop_at_eos,
+        )
+        answer = tuple(token for token, _ in found)
+        ended = stop_at_eos and answer[-1] in self.base.stop_ids
+        return Generation(_decode(self.base, answer), answer, len(token_ids), "eos" if ended else "length")
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_at_eos: bool = True,
+    ) -> Iterator[str]:
+        """The text of ``generate``, same arguments, piece by piece as it comes; no character is ever split."""
+        answer: list[int] = []
+        shown = ""
+        for token, _ in self.steps(
+            self.base.encode(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_at_eos=stop_at_eos,
+        ):
+            answer.append(token)
+            text = _decode(self.base, answer)
+            if len(text) > len(shown) and not text.endswith("\ufffd"):  # else a character's bytes are still coming
+                yield text[len(shown) :]
+                shown = text
+        rest = _decode(self.base, answer)[len(shown) :]
+        if rest:
+            yield rest
+
+
+def open_generator(folder: Path, *, base: Path | LanguageBase | None = None, threads: int = 1) -> Generator:
+    """Open a personal language head, or a base alone, checking everything before the first token.
+
+    Args:
+        folder: Holds the user's adapter and its manifest; or the base itself.
+        base: Folder of the head's base, or an opened one; by default the sibling ``base`` of ``folder``.
+        threads: Of a base that is opened here.
+
+    Raises:
+        HeadError: A file is missing, damaged or not the one its manifest names; the adapter is another base's; its
+            tensors are not the base's slots or not finite; the known answer does not come out.
+
+    Guarantee:
+        What runs are the bytes whose hashes were checked, and a head never answers as the base without its adapter.
+    """
+    manifest = read_manifest(folder, "lm-adapter", "lm-base")
+    if manifest["kind"] == "lm-base":
+        if base is not None:
+            raise HeadError(f"{folder} must be a head when a base is named, got a base; leave one of them out.")
+        opened = open_lm_base(folder, threads=threads)
+        return Generator(None, opened, {}, manifest)
+    content = read_file(folder, manifest, ADAPTER)
+    if not isinstance(base, LanguageBase):
+        base = open_lm_base(folder / DEFAULT_BASE if base is None else base, threads=threads)
+    found = {"id": base.id, "model_sha256": base.model_sha256, "base_sha256": base.base_sha256}
+    check_binding(folder, manifest, found)
+    adapter = parse_adapter(folder / ADAPTER, content)
+    check_listed(folder, manifest, adapter)
+    check_slots(folder, adapter, base.slots)
+    user = manifest.get("user")
+    if not isinstance(user, str):
+        raise damaged(folder / MANIFEST, f"user must be a string, got {user!r}")
+    generator = Generator(user, base, adapter, manifest)
+    check_known_answer(folder, generator)
+    return generator
+
+
+def choose(logits: np.ndarray, *, temperature: float, top_p: float, random: np.random.Generator) -> int:
+    """The next token: the likeliest at temperature 0, else one drawn from the smallest set that holds ``top_p``.
+
+    Source:
+        Holtzman et al. 2020, arXiv:1904.09751, section 3.1 (nucleus sampling).
+
+    Example:
+        >>> logits = np.log(np.array([0.1, 0.6, 0.3]))
+        >>> choose(logits, temperature=0.0, top_p=1.0, random=np.random.default_rng(0))
+        1
+    """
+    if temperature == 0:
+        return int(np.argmax(logits))
+    scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    odds = np.exp(scaled)
+    order = np.argsort(-odds, kind="stable")
+    sums = np.cumsum(odds[order] / odds.sum())
+    count = min(len(order), 1 + int(np.searchsorted(sums, top_p)))  # the token that reaches top_p is in
+    kept = order[:count]
+    return int(random.choice(kept, p=odds[kept] / odds[kept].sum()))
+
+
+def check_known_answer(folder: Path, generator: Generator) -> None:
+    """The head's manifest says what the adapter makes of a fixed text; this device must find the same.
+
+    Raises:
+        HeadError: It does not.
+    """
+    path = folder / MANIFEST
+    try:
+        known = generator.manifest["known_answer"]
+        token_ids = [int(token) for token in known["token_ids"]]
+        places = [int(token) for token in known["places"]]
+        wanted, bare = (np.array(known[key], dtype=np.float64) for key in ("logits", "without_adapter"))
+        tolerance = float(known["tolerance"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise damaged(path, f"unreadable known answer {error}") from None
+    if not (0 < tolerance <= MAX_TOLERANCE and wanted.shape == bare.shape == (len(places),) and places):
+        raise damaged(path, "its known answer must have a tolerance, places and as many logits")
+    if lora_differs(generator.adapter) and not np.abs(wanted - bare).max() >= 2 * tolerance:
+        raise damaged(path, "its known answer must tell the adapter from its absence")
+    logits = generator.logits(token_ids)[-1]
+    if not 0 <= min(places) <= max(places) < len(logits):
+        raise damaged(path, f"its known answer must lie in a vocabulary of {len(logits)}")
+    difference = float(np.abs(logits[places] - wanted).max())
+    if not difference <= tolerance:
+        raise HeadError(
+            f"{folder} must give its known answer within {tolerance:g} on this device, got a difference of "
+            f"{difference:.3g}: the adapter is not at work, or onnxruntime {onnxruntime.__version__} computes "
+            "otherwise; export the head again."
+        )
+
+
+def _check_settings(*, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if not max_new_tokens >= 1:
+        raise HeadError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise HeadError(f"temperature must be finite and at least 0, got {temperature}; 0 is greedy.")
+    if not 0 < top_p <= 1:
+        raise HeadError(f"top_p must be above 0 and at most 1, got {top_p}.")
+
+
+def _check_length(base: LanguageBase, prompt: int, answer: int) -> None:
+    if not prompt >= 1:
+        raise HeadError("a prompt must have at least one token, got none; give some text.")
+    if not prompt + answer <= base.max_tokens:
+        raise HeadError(
+            f"prompt and answer must fit the model's {base.max_tokens} tokens, got {prompt} and up to {answer}; "
+            "shorten the prompt or ask for fewer new tokens."
+        )
+
+
+def _decode(base: LanguageBase, token_ids: Sequence[int]) -> str:
+    text: str = base.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    return text

@@ -1,0 +1,114 @@
+"""What a reader finds in a folder, before anything is run on it: ``sottovoce data inspect``."""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from shared.assets import resolve
+from shared.config import load_scenario
+from shared.datasets import READERS, Dataset, Record, read
+from shared.errors import ScenarioError
+from shared.registry import check_name
+
+_SHORT = 100  # characters of a text that are shown
+
+
+def inspect_data(
+    what: str, *, source: str | None = None, show_text: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Read a data set and describe it.
+
+    Args:
+        what: A scenario file, or the name of a format.
+        source: ``asset:NAME`` or a folder; may be left out where ``what`` is a scenario, which names its own.
+        show_text: Whether what a user reads and writes is part of the answer.
+        quiet: Show nothing while downloading.
+
+    Returns:
+        Counts and ranges, and the first record of the first user.
+
+    Raises:
+        ScenarioError: Neither a scenario file nor a format, or a format without a source.
+        AssetError: The source cannot be had.
+        DataError: A file is missing or not as its format says; file and line are named.
+    """
+    format_name, source = _format_and_source(what, source)
+    folder = resolve(source, quiet=quiet)
+    dataset = read(format_name, folder)
+    return {"format": format_name, "source": source, "folder": str(folder)} | describe_data(
+        dataset, show_text=show_text
+    )
+
+
+def describe_data(dataset: Dataset, *, show_text: bool) -> dict[str, Any]:
+    """Counts and ranges of a data set, and its first record."""
+    sizes = {part: [len(getattr(user, part)) for user in dataset.users] for part in ("fit", "validation", "test")}
+    each = [sum(parts) for parts in zip(*sizes.values(), strict=True)]
+    records = [record for user in dataset.users for record in user.train + user.test]
+    with_records = next(user for user in dataset.users if user.train or user.test)
+    first = (with_records.train + with_records.test)[0]
+    return {
+        "users": len(dataset.users),
+        "records": len(records),
+        "records_per_user": _spread(each),
+        "parts": {part: sum(counts) for part, counts in sizes.items()},
+        "users_without_test_records": sizes["test"].count(0),
+        "text_characters": _spread(len(record.text) for record in records),
+        "response_characters": _spread(len(record.response) for record in records),
+        "target": _spread(record.target for record in records),
+        "distinct_texts": len({record.text for record in records}),
+        "distinct_public_texts": len(dataset.public_texts),
+        "first_record": {"user": with_records.user} | _describe_record(first, show_text=show_text),
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same for a reader."""
+    first = found["first_record"]
+    parts = ", ".join(f"{count:,} {part}" for part, count in found["parts"].items())
+    out = [
+        f"format:               {found['format']}",
+        f"folder:               {found['folder']}",
+        f"users:                {found['users']:,}, {found['users_without_test_records']:,} without a test record",
+        f"records:              {found['records']:,} ({parts})",
+        f"records per user:     {_range(found['records_per_user'])}",
+        f"characters of a text: {_range(found['text_characters'])}",
+    ]
+    if found["response_characters"]["max"]:
+        out.append(f"… of a response:      {_range(found['response_characters'])}")
+    return [
+        *out,
+        f"target:               {_range(found['target'])}",
+        f"distinct texts:       {found['distinct_texts']:,} of records, {found['distinct_public_texts']:,} public",
+        "first record:         " + ", ".join(f"{key} {value}" for key, value in first.items() if value != ""),
+    ]
+
+
+def _format_and_source(what: str, source: str | None) -> tuple[str, str]:
+    if Path(what).suffix in {".toml", ".json"} or Path(what).is_file():
+        data = load_scenario(Path(what)).data
+        return data.format, source or data.source
+    check_name("readers", what, READERS, setting="SCENARIO must be a file, or FORMAT")
+    if source is None:
+        raise ScenarioError(f"--source must name where data of format {what!r} lie: a folder, or asset:NAME.")
+    return what, source
+
+
+def _describe_record(record: Record, *, show_text: bool) -> dict[str, Any]:
+    shown = {"item": record.item, "timestamp": record.timestamp, "target": record.target}
+    for name, text in (("text", record.text), ("response", record.response)):
+        if show_text:
+            shown[name] = text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
+        else:
+            shown[name] = f"({len(text)} characters; --show-text shows them)" if text else ""
+    return shown
+
+
+def _spread(values: Iterable[float]) -> dict[str, float]:
+    known = list(values)
+    return {"min": min(known), "median": statistics.median(known), "max": max(known)}
+
+
+def _range(spread: dict[str, float]) -> str:
+    return f"{spread['min']:,g} to {spread['max']:,g}, median {spread['median']:,g}"

@@ -1,0 +1,115 @@
+"""The observer of task ``generation``: how likely held-out responses are, with and without private parts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from client.personalize import personal_method
+from client.site import TextFeatures
+from client.train import micro_batches
+from shared.adapter import Arrays, load_shared, load_start, read_shared, read_start
+from shared.config import Scenario
+from shared.datasets import Dataset, Record, UserData
+from shared.errors import ScenarioError
+from shared.head import CausalHead
+from shared.language_metrics import LANGUAGE_METRICS, TokenScores, perplexity_difference, score_tokens
+from shared.metrics import Described, Interval
+from shared.noise import seeded_generator
+
+
+class LanguageObserver:
+    """Evaluates shared arrays on held-out responses, and those of users after fine-tuning on their own.
+
+    Args:
+        head: A head of the campaign at its public start; its trainable tensors are overwritten.
+
+    Raises:
+        ScenarioError: The personal method has no form for language models.
+    """
+
+    def __init__(self, head: CausalHead, texts: TextFeatures, dataset: Dataset, scenario: Scenario) -> None:
+        self.head: CausalHead = head
+        self._texts, self._dataset, self._scenario = texts, dataset, scenario
+        self._start = read_shared(head)
+        self._public = read_start(head)
+        adapt = personal_method(scenario.personal.method).adapt
+        if adapt is None:
+            raise ScenarioError(
+                f"personal.method = {scenario.personal.method!r} has no form for task {scenario.task.name!r}."
+            )
+        self._adapt = adapt
+        self._test_users = np.array([i for i, user in enumerate(dataset.users) for _ in user.test], dtype=np.int64)
+
+    @property
+    def metrics(self) -> Mapping[str, Described]:  # noqa: D102
+        return LANGUAGE_METRICS
+
+    def validate(self, arrays: Arrays) -> dict[str, float | None]:
+        """Perplexity of ``federated``; fine-tuning everybody every round would cost more than the federation."""
+        load_shared(self.head, arrays)
+        scores = self._evaluate([r for user in self._dataset.users for r in user.validation])
+        return {"federated": float(np.exp(scores.nll.sum() / scores.tokens.sum())), "personal": None}
+
+    def baselines(self) -> dict[str, TokenScores]:  # noqa: D102
+        load_start(self.head, self._public)
+        return {"base": self._shared(self._start), "local": self._personal(self._start)}
+
+    def federated(self, arrays: Arrays) -> dict[str, TokenScores]:  # noqa: D102
+        return {"federated": self._shared(arrays), "personal": self._personal(arrays)}
+
+    def score(self, row: Any, *, reference: Any, seed: int, resamples: int) -> dict[str, Interval]:  # noqa: D102
+        return score_tokens(row, self._test_users, reference=reference, seed=seed, resamples=resamples)
+
+    def difference(self, a: Any, b: Any, *, seed: int, resamples: int) -> Interval:  # noqa: D102
+        return perplexity_difference(a, b, self._test_users, seed=seed, resamples=resamples)
+
+    def per_user(self, row: Any) -> np.ndarray:  # noqa: D102
+        nll, tokens, _ = row.of_users(self._test_users)
+        return np.asarray(np.exp(nll / tokens))
+
+    def scored_users(self) -> np.ndarray:  # noqa: D102
+        return np.unique(self._test_users)
+
+    def private_arrays(self, arrays: Arrays, user: int) -> Arrays:
+        """The LoRA of one user, fine-tuned from shared arrays on all of the user's training rows."""
+        records = self._dataset.users[user].train
+        order = seeded_generator(seed=self._scenario.seed, purpose="fine-tuning", device=user, round_number=0)
+        return self._adapt(
+            self.head,
+            arrays,
+            self._texts.of(records),
+            self._texts.targets(records),
+            personal=self._scenario.personal,
+            generator=order,
+        )
+
+    def _shared(self, arrays: Arrays) -> TokenScores:
+        load_shared(self.head, arrays)
+        return self._evaluate(_all(self._dataset, lambda user: user.test))
+
+    def _personal(self, arrays: Arrays) -> TokenScores:
+        parts = []
+        for i, user in enumerate(self._dataset.users):
+            load_shared(self.head, self.private_arrays(arrays, i))
+            parts.append(self._evaluate(user.test))
+        return TokenScores(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("nll", "tokens", "hits")))
+
+    def _evaluate(self, records: Sequence[Record]) -> TokenScores:
+        """Likelihood of every record's response at the head's present parameters, in the records' order."""
+        features, targets = self._texts.of(records), self._texts.targets(records)
+        nll, tokens, hits = (np.zeros(len(records)) for _ in range(3))
+        micro_batch = self._scenario.performance.micro_batch
+        for rows in micro_batches(np.arange(len(records)), features.lengths, micro_batch):
+            hidden, mask = features.batch(rows)
+            labels = targets.batch(rows, hidden.shape[1])
+            device = self.head.device
+            losses, right, owner = self.head.token_scores(hidden.to(device), mask.to(device), labels.to(device))
+            np.add.at(nll, rows[owner.numpy()], losses.numpy())
+            np.add.at(hits, rows[owner.numpy()], right.numpy())
+            np.add.at(tokens, rows[owner.numpy()], 1.0)
+        return TokenScores(nll, tokens, hits)
+
+
+def _all(dataset: Dataset, part: Callable[[UserData], Sequence[Record]]) -> list[Record]:
+    return [record for user in dataset.users for record in part(user)]
