@@ -120,6 +120,12 @@ PERSONAL_METHODS: dict[str, PersonalMethod] = {
 }
 
 
+def check_task(name: str, task: str) -> None:
+    """Raise ``ScenarioError`` where a personal method has no form for a task."""
+    if task == "generation" and personal_method(name).adapt is None:
+        raise ScenarioError(f"personal.method = {name!r} has no form for task {task!r}; choose another.")
+
+
 def personal_method(name: str) -> PersonalMethod:
     """A personal method by name, built in or installed.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from client.artifact import MIN_PROBES
+from client.personalize import check_task
 from client.site import TextFeatures, open_site
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
@@ -99,6 +100,7 @@ def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: b
     Raises:
         ScenarioError, PrivacyError: The scenario does not fit the base or the data, or its target cannot be met.
     """
+    check_task(scenario.personal.method, scenario.task.name)
     linear = scenario.linear_campaign()
     main = "linear" if base.head_blocks(scenario.model.head_blocks) == 0 else "lora"
     wanted = [(main, "", scenario)] + ([("linear", "-linear", linear)] if linear else [])

@@ -1,17 +1,16 @@
 """The observer of task ``generation``: how likely held-out responses are, with and without private parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from client.personalize import personal_method
+from client.personalize import check_task, personal_method
 from client.site import TextFeatures
 from client.train import micro_batches
 from shared.adapter import Arrays, load_shared, load_start, read_shared, read_start
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, UserData
-from shared.errors import ScenarioError
 from shared.head import CausalHead
 from shared.language_metrics import LANGUAGE_METRICS, TokenScores, perplexity_difference, score_tokens
 from shared.metrics import Described, Interval
@@ -33,12 +32,8 @@ class LanguageObserver:
         self._texts, self._dataset, self._scenario = texts, dataset, scenario
         self._start = read_shared(head)
         self._public = read_start(head)
-        adapt = personal_method(scenario.personal.method).adapt
-        if adapt is None:
-            raise ScenarioError(
-                f"personal.method = {scenario.personal.method!r} has no form for task {scenario.task.name!r}."
-            )
-        self._adapt = adapt
+        check_task(scenario.personal.method, scenario.task.name)
+        self._adapt = cast(Callable[..., Arrays], personal_method(scenario.personal.method).adapt)
         self._test_users = np.array([i for i, user in enumerate(dataset.users) for _ in user.test], dtype=np.int64)
 
     @property

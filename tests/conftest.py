@@ -61,6 +61,12 @@ def tiny_fleet(tiny_base, tiny_graph, tiny_texts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    """The builders of ``tests/tiny.py``."""
+    return _load_tiny()
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """The folder of a random two-layer causal language model. Read only."""
     return _load_tiny().tiny_llama(tmp_path_factory.mktemp("tiny-llama") / "model")

@@ -1,8 +1,6 @@
 """The head of a causal language model: the whole model's numbers, response-only losses, and exact private steps."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,11 +40,7 @@ def settings(*, blocks=1, method="ffa-lora", max_tokens=128):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    path = Path(__file__).with_name("tiny.py")
-    spec = importlib.util.spec_from_file_location("tiny", path)
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
+def llama(tiny, tmp_path_factory):
     return load_base(tiny.tiny_llama(tmp_path_factory.mktemp("llama"), layers=3))
 
 

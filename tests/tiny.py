@@ -158,7 +158,10 @@ def tiny_dialogues(folder: Path, *, personas: int = 6, dialogues: int = 18, seed
         mine = favourites[dialogue % personas]
         lines += [f"{i} your persona: i like {word} ." for i, word in enumerate(mine, start=1)]
         turns = draw.randint(2, 4)
-        said = [f"do you like {draw.choice(words)} ?\ti like {draw.choice(mine)} the most ." for _ in range(turns)]
+        said = [
+            f"do you like {' or '.join(draw.sample(words, 2))} ?\ti like {draw.choice(mine)} the most ."
+            for _ in range(turns)
+        ]
         lines += [f"{i} {turn}" for i, turn in enumerate(said, start=len(mine) + 1)]
     (folder / "valid_self_original_no_cands.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
