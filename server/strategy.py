@@ -34,7 +34,7 @@ class EqualWeights(Strategy):
     Attributes:
         checkpoint: The state after the last finished round.
         accepted: Replies used in the last round.
-        rejected: Replies not used in the last round, by code.
+        rejected: Replies not used in the last round, by code; ``NO_REPLY`` counts the devices that sent none in time.
     """
 
     def __init__(
@@ -88,8 +88,10 @@ class EqualWeights(Strategy):
         policy, federation = self.campaign.policy, self.campaign.scenario.federation
         self.rejected = Counter()
         updates: dict[int, Arrays] = {}
+        silent = set(self._cohort.values())
         for reply in replies:
             seat = self._cohort.get(reply.metadata.src_node_id)
+            silent.discard(-1 if seat is None else seat)
             try:
                 if reply.has_error():  # made by Flower, and not always in the device's name
                     raise RejectedReply("ERROR")
@@ -100,12 +102,14 @@ class EqualWeights(Strategy):
                 )
             except RejectedReply as rejection:
                 self.rejected[rejection.code] += 1
+        if silent:
+            self.rejected["NO_REPLY"] = len(silent)
         self.accepted = len(updates)
         broken = sorted(self._fatal & set(self.rejected))
         if broken:
             raise CampaignError(
                 f"every device must answer in a simulation; in round {server_round} {self.rejected[broken[0]]} did not "
-                f"({broken[0]}): its log says where. Finished rounds are kept; mend the cause and go on with --resume."
+                f"({broken[0]}); a run with engine inline logs where. Finished rounds are kept: mend it, then --resume."
             )
         if self.accepted < federation.min_reply_share * policy.cohort_size:
             raise CampaignError(

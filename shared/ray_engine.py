@@ -189,7 +189,7 @@ def _start_ray(ray: Any, *, workers: int | None, address: str | None, scratch: P
     local_only = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if address is None else {}  # else Ray listens to the world
     constants = ray._private.ray_constants
     clusters = constants.ENABLE_RAY_CLUSTER
-    constants.ENABLE_RAY_CLUSTER = address is not None  # the same switch, read when ray was imported
+    constants.ENABLE_RAY_CLUSTER = clusters and address is not None  # the same switch, read when ray was imported
     try:
         with warnings.catch_warnings(), _environment(PYTHONPATH=path, **local_only):
             warnings.simplefilter("ignore")

@@ -38,7 +38,7 @@ from shared.policy import Policy
 from shared.progress import progress
 from shared.ray_engine import run_ray
 from simulations.bench_step import AllLayers, compare_answers, spread
-from simulations.campaigns import open_campaign, plan_campaigns
+from simulations.campaigns import FATAL, open_campaign, plan_campaigns
 
 _CLIENTS = 4  # timed both ways, at the quartiles of the number of records
 _ROUNDS_OF_ECHO = 3
@@ -257,7 +257,7 @@ def _one_round(campaign: Campaign, devices: int, *, quiet: bool) -> dict[str, fl
         roster = seats(grid, devices=devices)
         grid.on_reply = lambda: bar.update(1)
         began = time.perf_counter()
-        run_rounds(grid, campaign, roster=roster, fatal=("ERROR", "INTERNAL"))
+        run_rounds(grid, campaign, roster=roster, fatal=FATAL)
         seconds["round"] = time.perf_counter() - began
 
     found: dict[str, float] = {}

@@ -30,7 +30,7 @@ from simulations.journal import Journal
 from simulations.observe import Observer, make_observer
 
 # In a simulation nobody goes offline: such a reply is a fault, and a run with faults must not look finished.
-FATAL = ("ERROR", "INTERNAL")
+FATAL = ("ERROR", "INTERNAL", "NO_REPLY")
 
 
 @dataclass(frozen=True)

@@ -421,11 +421,16 @@ def test_a_broken_start_of_ray_is_one_line(devices, nothing_left, monkeypatch):
 
 
 @slow_ray
-def test_a_cluster_is_joined_and_left(devices, tmp_path):
-    """Ours is a cluster of one node, started as its owner would."""
+def test_a_cluster_is_joined_and_left(devices, monkeypatch):
+    """A cluster of one node on loopback, which both sides must be told: by default Ray looks for its real IP."""
     import shutil
     import socket
     import subprocess
+
+    from ray._private import ray_constants
+
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

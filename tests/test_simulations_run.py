@@ -167,6 +167,23 @@ def test_in_a_simulation_one_broken_device_stops_the_run(campaign):
         run_campaign(published, client=broken, fatal=FATAL)
 
 
+def test_a_device_that_never_answers_is_counted_and_stops_a_simulation(campaign):
+    published = campaign()
+
+    class Deaf(InlineGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            return replies[1:] if len(replies) > 1 else replies
+
+    def run(fatal):
+        grid = Deaf(client_app, devices=12, run_config=config_of(published))
+        return run_rounds(grid, published, roster=seats(grid, devices=12), fatal=fatal)
+
+    with pytest.raises(CampaignError, match=r"in round 1 1 did not \(NO_REPLY"):
+        run(FATAL)
+    assert run(()).total.rejected == {"NO_REPLY": 3}
+
+
 def answer(campaign, *, device=0, node_config=None, context=None, **changes):
     """What one device answers to a request that may be changed."""
     request = {"round_number": 1, "policy_sha256": campaign.policy.sha256}
