@@ -139,8 +139,8 @@ def _race(
     clients = _chosen(dataset)
     public = compute_features(base, dataset.public_texts[:400], head_blocks=base.num_blocks, max_tokens=64)
     plain = _PlainClient(ours[1], public)
-    ways: dict[str, Callable[[], object]] = {
-        "plain": lambda: [plain.round(dataset.users[i].fit) for i in clients],
+    ways: dict[str, Callable[[], float]] = {
+        "plain": lambda: plain.rounds([dataset.users[i].fit for i in clients]),
         "head_blocks_1": lambda: _ask(ours[1], clients, len(dataset.users)),
         "head_blocks_0": lambda: _ask(ours[0], clients, len(dataset.users)),
     }
@@ -150,9 +150,7 @@ def _race(
             way()  # warm-up
         for _ in range(rounds):
             for name, way in ways.items():
-                began = time.process_time()
-                way()
-                times[name].append((time.process_time() - began) / len(clients))
+                times[name].append(way() / len(clients))
             bar.update(1)
     ratios = {
         name: spread([a / b for a, b in zip(times["plain"], times[name], strict=True)])
@@ -161,17 +159,20 @@ def _race(
     return ratios, {name: spread([1000 * s for s in each]) for name, each in times.items()}
 
 
-def _ask(campaign: Campaign, clients: list[int], devices: int) -> None:
-    """One round of some devices: the real app over the real engine, requests and replies serialised."""
+def _ask(campaign: Campaign, clients: list[int], devices: int) -> float:
+    """CPU-seconds of one round of some devices: the real app over the real engine, all messages serialised."""
     grid = InlineGrid(client_app, devices=devices, run_config={"campaigns": str(campaign.folder.parent)})
     arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
     request = wire.pack_request(arrays, round_number=1, policy_sha256=campaign.policy.sha256)
     node_at = {seat: node for node, seat in grid.seats.items()}
+    began = time.process_time()
     messages = [Message(request, dst_node_id=node_at[client], message_type="train") for client in clients]
     replies = list(grid.send_and_receive(messages))
+    took = time.process_time() - began
     refused = [code for reply in replies if (code := wire.refusal_code(reply))]
     if refused or len(replies) != len(clients):
         raise CampaignError(f"every device must answer in a benchmark, got {refused or len(replies)}.")
+    return took
 
 
 class _PlainClient:
@@ -185,6 +186,13 @@ class _PlainClient:
         head = RatingHead(load_base(self._folder), self._scenario)
         self._start = make_start(head, public, ridge=self._scenario.adapter.whitening_ridge, seed=0)
         self._shared = read_shared(head)
+
+    def rounds(self, clients: list[tuple[Record, ...]]) -> float:
+        """CPU-seconds of a round of some clients."""
+        began = time.process_time()
+        for records in clients:
+            self.round(records)
+        return time.process_time() - began
 
     def round(self, records: tuple[Record, ...]) -> Arrays:
         """Load, wrap, train all layers on padded texts, return the change."""

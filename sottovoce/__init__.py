@@ -15,10 +15,11 @@ import shared
 import simulations
 
 if TYPE_CHECKING:
+    from client.generation import Generator
     from client.runtime import PersonalHead
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "open_head", "simulate"]
+__all__ = ["__version__", "open_generator", "open_head", "simulate"]
 
 # The folders are the packages, and their names are common: another wheel may have put a `client` of its own first.
 _HERE = Path(__file__).resolve().parent.parent
@@ -62,5 +63,16 @@ def open_head(folder: str | Path, *, base: str | Path | None = None) -> "Persona
         shared.errors.HeadError: The head is damaged, incomplete or made for another base.
     """
     from client.runtime import open_head as open_
+
+    return open_(Path(folder), base=None if base is None else Path(base))
+
+
+def open_generator(folder: str | Path, *, base: str | Path | None = None) -> "Generator":
+    """Open a personal language model, or the bare base, on this device; needs the base install only.
+
+    Raises:
+        shared.errors.HeadError: The head is damaged, incomplete or made for another base.
+    """
+    from client.generation import open_generator as open_
 
     return open_(Path(folder), base=None if base is None else Path(base))

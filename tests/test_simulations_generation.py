@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from client.generation import open_generator
+import sottovoce
 from client.personalize import PERSONAL_METHODS
 from client.site import resident_base, resident_dataset
 from shared.config import load_scenario
@@ -60,9 +60,9 @@ def test_the_exported_head_answers_as_the_user_s_model(run, capsys):
         main(["client", "generate", "--head", str(folder), "--prompt", "tea ?", "--max-new-tokens", "5", "--json"]) == 0
     )
     answer = json.loads(capsys.readouterr().out)
-    personal = open_generator(folder)
+    personal = sottovoce.open_generator(folder)
     assert list(personal.generate("tea ?", max_new_tokens=5).token_ids) == answer["token_ids"]
-    bare = open_generator(out / "heads" / "base")
+    bare = sottovoce.open_generator(out / "heads" / "base")
     assert not np.array_equal(personal.logits([1, 5, 9]), bare.logits([1, 5, 9]))
 
 
