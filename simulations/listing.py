@@ -8,6 +8,7 @@ from client.personalize import PERSONAL_METHODS, PersonalMethod
 from shared.config import TaskConfig
 from shared.datasets import READERS
 from shared.errors import ScenarioError
+from shared.language_metrics import LANGUAGE_METRICS
 from shared.lora import FEDERATION_METHODS, TECHNIQUES, FederationMethod
 from shared.metrics import METRICS
 from shared.model import FAMILIES, Family
@@ -31,7 +32,7 @@ def list_choices() -> dict[str, Entries]:
         "personal_methods": _registered("personal_methods", PERSONAL_METHODS, PersonalMethod),
         "techniques": _registered("techniques", TECHNIQUES, Callable),
         "formats": _registered("readers", READERS, Callable),
-        "metrics": _registered("metrics", METRICS, Callable),
+        "metrics": _of_responses() + _registered("metrics", METRICS, Callable),
         "tasks": [_entry(name, TASKS.get(name, "")) for name in get_args(TaskConfig.model_fields["name"].annotation)],
         "scenarios": [_entry(path.stem, _first_comment(path)) for path in _scenarios()],
         "families": _registered("families", FAMILIES, Family),
@@ -48,6 +49,11 @@ def lines(choices: Mapping[str, Entries]) -> list[str]:
             where = "" if entry["origin"] == BUILT_IN else f"  [{entry['origin']}]"
             out.append(f"  {entry['name']:<{width}}  {entry['description']}{where}".rstrip())
     return out
+
+
+def _of_responses() -> Entries:
+    """Metrics of the task ``generation``; those it shares with ratings are listed there."""
+    return [_entry(name, each.description) for name, each in LANGUAGE_METRICS.items() if name not in METRICS]
 
 
 def _registered(kind: str, built_in: Mapping[str, Any], form: Any) -> Entries:

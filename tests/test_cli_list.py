@@ -55,7 +55,8 @@ def test_the_list_has_what_scenarios_may_name(capsys):
     assert {"fedavg", "ffa-lora"} <= set(names["federation_methods"])
     assert "lora" in names["techniques"]
     assert "movielens-100k" in names["formats"]
-    assert {"rmse", "worst_decile", "share_gaining"} <= set(names["metrics"])
+    assert {"rmse", "worst_decile", "share_gaining", "perplexity"} <= set(names["metrics"])
+    assert len(names["metrics"]) == len(set(names["metrics"]))
     assert names["tasks"] == list(get_args(TaskConfig.model_fields["name"].annotation))
     assert names["scenarios"] == sorted(path.stem for path in SCENARIOS.glob("*.toml"))
     for entries in found.values():
