@@ -252,7 +252,7 @@ def run_campaign(
     plan, campaign = opened.plan, opened.campaign
     head = campaign.new_head(base).to(base.device)
     load_start(head, plan.start)
-    observer = make_observer(head, plan.texts, dataset, plan.scenario)
+    observer = make_observer(head, plan.texts, dataset, plan.scenario, quiet=quiet)
     # Now, so that the first device's time is its own.
     site = open_site(str(campaign.folder.parent), plan.policy.sha256) if resident else None
     busy_s = site.busy_s if site else 0.0

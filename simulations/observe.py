@@ -78,7 +78,10 @@ class RatingObserver:
         head: A head of the campaign at its public start; its trainable tensors are overwritten.
     """
 
-    def __init__(self, head: RatingHead, texts: TextFeatures, dataset: Dataset, scenario: Scenario) -> None:
+    def __init__(
+        self, head: RatingHead, texts: TextFeatures, dataset: Dataset, scenario: Scenario, *, quiet: bool = False
+    ) -> None:
+        del quiet  # everybody is fitted in seconds
         self.head: RatingHead = head
         self._texts, self._scenario, self._dataset = texts, scenario, dataset
         self._start = read_start(head)
@@ -185,9 +188,11 @@ class RatingObserver:
         )
 
 
-def make_observer(head: Head, texts: TextFeatures, dataset: Dataset, scenario: Scenario) -> Observer:
+def make_observer(
+    head: Head, texts: TextFeatures, dataset: Dataset, scenario: Scenario, *, quiet: bool = False
+) -> Observer:
     """The observer of a scenario's task."""
-    return OBSERVERS[scenario.task.name](head, texts, dataset, scenario)
+    return OBSERVERS[scenario.task.name](head, texts, dataset, scenario, quiet=quiet)
 
 
 def predict_personal(

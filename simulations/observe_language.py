@@ -15,6 +15,7 @@ from shared.head import CausalHead
 from shared.language_metrics import LANGUAGE_METRICS, TokenScores, perplexity_difference, score_tokens
 from shared.metrics import Described, Interval
 from shared.noise import seeded_generator
+from shared.progress import track
 
 
 class LanguageObserver:
@@ -22,12 +23,16 @@ class LanguageObserver:
 
     Args:
         head: A head of the campaign at its public start; its trainable tensors are overwritten.
+        quiet: No progress on stderr.
 
     Raises:
         ScenarioError: The personal method has no form for language models.
     """
 
-    def __init__(self, head: CausalHead, texts: TextFeatures, dataset: Dataset, scenario: Scenario) -> None:
+    def __init__(
+        self, head: CausalHead, texts: TextFeatures, dataset: Dataset, scenario: Scenario, *, quiet: bool = False
+    ) -> None:
+        self._quiet = quiet
         self.head: CausalHead = head
         self._texts, self._dataset, self._scenario = texts, dataset, scenario
         self._start = read_shared(head)
@@ -85,7 +90,8 @@ class LanguageObserver:
 
     def _personal(self, arrays: Arrays) -> TokenScores:
         parts = []
-        for i, user in enumerate(self._dataset.users):
+        users = track(self._dataset.users, description="fine-tuning", unit="user", quiet=self._quiet)
+        for i, user in enumerate(users):
             load_shared(self.head, self.private_arrays(arrays, i))
             parts.append(self._evaluate(user.test))
         return TokenScores(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("nll", "tokens", "hits")))

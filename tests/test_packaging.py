@@ -106,6 +106,16 @@ def test_the_readme_quotes_the_benchmark():
         assert f"{ratio['median']:.3g}" in README
 
 
+def test_the_readme_quotes_the_benchmark_of_a_simulation():
+    measured = json.loads((ROOT / "docs" / "measurements" / "bench-simulate.json").read_text(encoding="utf-8"))
+    for ratio in measured["ratios"]["plain_over_ours"].values():
+        assert f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]" in README
+    for engine in measured["engine_ms_per_client_round"].values():
+        assert f"{engine['median']:.2g} ms [{engine['low']:.2g}, {engine['high']:.2g}]" in README
+    for seconds in measured["one_round_of_everybody"].values():
+        assert f"{seconds:.0f} s" in README
+
+
 def leaf_parsers(parser=None, words=()):
     parser = parser or cli._parser()
     children = [action for action in parser._actions if hasattr(action, "choices") and isinstance(action.choices, dict)]
