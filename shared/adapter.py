@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -44,12 +45,18 @@ def wire_name(parameter_name: str, *, first_block: int) -> str:
 
 def _named(head: Head, *, trainable: bool) -> dict[str, nn.Parameter]:
     """Trainable parameters, or those of the public start (trainable or not), by wire name in a fixed order."""
-    found = {}
-    for name, parameter in head.named_parameters():
-        of_start = "lora_" in name or not name.startswith("blocks.")
-        if parameter.requires_grad if trainable else of_start:
-            found[wire_name(name, first_block=head.first_block)] = parameter
-    return dict(sorted(found.items()))
+    known = _NAMED.setdefault(head, {})  # a walk over all modules, and a device's round would take four
+    if trainable not in known:
+        found = {}
+        for name, parameter in head.named_parameters():
+            of_start = "lora_" in name or not name.startswith("blocks.")
+            if parameter.requires_grad if trainable else of_start:
+                found[wire_name(name, first_block=head.first_block)] = parameter
+        known[trainable] = dict(sorted(found.items()))
+    return known[trainable]
+
+
+_NAMED: WeakKeyDictionary[Head, dict[bool, dict[str, nn.Parameter]]] = WeakKeyDictionary()
 
 
 def shared_parameters(head: Head) -> dict[str, nn.Parameter]:

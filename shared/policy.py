@@ -7,6 +7,7 @@ in a message. Nothing in it depends on any user's data (rule P2).
 import hashlib
 import json
 import math
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -74,12 +75,17 @@ class Policy(BaseModel):
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON (sorted keys, no spaces)."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _hash_policy(self)
 
     def array_slots(self) -> tuple[Slot, ...]:
         """The arrays of a request and of a reply."""
         return tuple(Slot(name, shape, "float32", "global") for name, shape in self.slots)
+
+
+@lru_cache(maxsize=64)  # by value: a copy with another constant has another hash
+def _hash_policy(policy: Policy) -> str:
+    canonical = json.dumps(policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def make_policy(

@@ -4,8 +4,9 @@ The plain way is what a first script does: for every client load the base, put L
 Opacus, run all layers over the client's texts, take the step. Its update is compared with ours first.
 """
 
+import contextlib
+import os
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -69,9 +70,9 @@ def bench_simulate(*, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
             blocks: _publish(_small(scenario, blocks), base, dataset, Path(folder) / str(blocks)) for blocks in (1, 0)
         }
         cold = {f"head_blocks_{blocks}": _open_cold(campaign) for blocks, campaign in ours.items()}
-        ratios, seconds = _race(ours, base, dataset, rounds=rounds, quiet=quiet)
+        everybody, peaks = _one_round(ours[1], len(dataset.users), quiet=quiet)  # before the plain way fills the memory
         engines, start_up = _measure_engines(len(dataset.users), quiet=quiet)
-        everybody = _one_round(ours[1], len(dataset.users), quiet=quiet)
+        ratios, seconds = _race(ours, base, dataset, rounds=rounds, quiet=quiet)
     return {
         "mode": "fp32, one thread a process; ratios in CPU-seconds, interleaved; the rest in wall time",
         "clients": len(dataset.users),
@@ -81,10 +82,7 @@ def bench_simulate(*, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
         "engine_ms_per_client_round": engines,
         "start_up_s": start_up | {f"first device, {name}": value for name, value in cold.items()},
         "one_round_of_everybody": everybody,
-        "peak_rss_mib": {
-            "this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "largest worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
-        },
+        "peak_rss_mib": peaks,
         "answers_agree": agreement,
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
@@ -257,9 +255,10 @@ def _measure_engines(devices: int, *, quiet: bool) -> tuple[dict[str, Any], dict
     return {name: spread(each) for name, each in found.items()}, up
 
 
-def _one_round(campaign: Campaign, devices: int, *, quiet: bool) -> dict[str, float]:
-    """Seconds of one round of every device on each engine, and of Ray with its start."""
+def _one_round(campaign: Campaign, devices: int, *, quiet: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of one round of every device on each engine, and of Ray with its start; peak memory of each in MiB."""
     seconds: dict[str, float] = {}
+    peaks: dict[str, float] = {}
 
     def main(grid: Metered) -> None:
         roster = seats(grid, devices=devices)
@@ -267,6 +266,7 @@ def _one_round(campaign: Campaign, devices: int, *, quiet: bool) -> dict[str, fl
         began = time.perf_counter()
         run_rounds(grid, campaign, roster=roster, fatal=FATAL)
         seconds["round"] = time.perf_counter() - began
+        peaks["largest worker of ray"] = max(map(_peak_mib, _ray_workers()), default=0.0)
 
     found: dict[str, float] = {}
     config: dict[str, Any] = {"campaigns": str(campaign.folder.parent)}
@@ -276,9 +276,27 @@ def _one_round(campaign: Campaign, devices: int, *, quiet: bool) -> dict[str, fl
             run(main, client_app, devices=devices, run_config=config)
             found[f"{name}_round_s"] = seconds["round"]
             found[f"{name}_with_start_s"] = time.perf_counter() - began
+            peaks.setdefault("inline", _peak_mib(os.getpid()))
             for checkpoint in (campaign.folder / "checkpoints").glob("round-*"):
                 checkpoint.rename(checkpoint.with_name(f"{name}-{checkpoint.name}"))
+    return found, peaks
+
+
+def _ray_workers() -> list[int]:
+    """Process ids of Flower's workers on this machine; Ray writes what they are into their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if path.read_bytes().startswith(b"ray::ClientAppActor"):
+                found.append(int(path.parent.name))
     return found
+
+
+def _peak_mib(pid: int) -> float:
+    """The largest resident memory a process has had."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    [line] = [each for each in status.splitlines() if each.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 def lines(measured: dict[str, Any]) -> list[str]:
