@@ -76,6 +76,7 @@ def simulate(
         SottovoceError: Anything that is the user's to mend; finished rounds stay in the folder.
     """
     started = time.perf_counter()
+    out = out.resolve()  # devices and server look for campaigns under one name, wherever a worker runs
     with run_folder(out, resume=resume):
         if resume:
             scenario = check_same_scenario(out, scenario)
@@ -142,7 +143,7 @@ def _run_engine(
     main: Callable[[Metered], None], scenario: Scenario, *, devices: int, campaigns: Path, grid: Grid | None
 ) -> None:
     """Bring the devices to life and call ``main`` with the way to them."""
-    run_config: UserConfig = {"campaigns": str(campaigns.resolve())}
+    run_config: UserConfig = {"campaigns": str(campaigns)}
     performance = scenario.performance
     if grid is not None:
         main(metered(grid))

@@ -111,6 +111,16 @@ def test_the_run_folder_holds_what_the_documentation_says(run):
     assert [path.name for path in sorted((out / "heads").iterdir())] == ["base", "user-1", "user-2"]
 
 
+def test_a_run_under_a_relative_name_opens_its_devices_once(tiny_world, tmp_path, monkeypatch):
+    """Two names of one folder once meant two resident sites, and a cost table that took all for the engine's."""
+    monkeypatch.chdir(tmp_path)
+    open_site.cache_clear()
+    scenario = load_scenario(tiny_world(tmp_path), ("export.users=0", "linear.enabled=false"))
+    summary = simulate(scenario, out=Path("out"), quiet=True)
+    assert open_site.cache_info().misses == 1
+    assert summary["cost"]["device_ms_per_client_round"] > 0
+
+
 def test_two_runs_of_one_seed_agree_and_another_seed_does_not(campaign):
     _, first = run_campaign(campaign(name="first"))
     _, again = run_campaign(campaign(name="again"))
