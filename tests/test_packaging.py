@@ -100,6 +100,13 @@ def test_the_readme_quotes_what_was_measured(path):
         assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in README
 
 
+def test_the_readme_quotes_the_language_model():
+    measured = json.loads((ROOT / "docs" / "measurements" / "sotu.json").read_text(encoding="utf-8"))
+    for row in ("base", "local", "federated", "personal"):
+        score = measured["rows"][row]["perplexity"]
+        assert f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]" in README
+
+
 def test_the_readme_quotes_the_benchmark():
     measured = json.loads((ROOT / "docs" / "measurements" / "bench-step.json").read_text(encoding="utf-8"))
     for ratio in measured["ratios"].values():
