@@ -525,7 +525,11 @@ def test_ctrl_c_in_a_shell_leaves_nothing(cache, tmp_path):
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
     root = Path(__file__).parent.parent
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=root,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:
         try:
             deadline = time.monotonic() + 60
             while not (tmp_path / "started").exists() and time.monotonic() < deadline:

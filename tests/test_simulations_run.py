@@ -440,6 +440,7 @@ def test_an_interrupt_leaves_whole_checkpoints_and_no_summary(tiny_world, tmp_pa
         cwd=Path(__file__).parent.parent,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     checkpoints = out / "campaigns" / "lora" / "checkpoints"
     deadline = time.monotonic() + 60
