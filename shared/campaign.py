@@ -115,7 +115,9 @@ def read_campaign(folder: Path) -> Campaign:
     scenario = load_scenario(folder / "scenario.json")
     if hash_head(scenario) != policy.head_sha256:
         raise CampaignError(f"{folder}/scenario.json must describe the head the policy names; it was altered.")
-    methods = (scenario.federation.method, scenario.personal.method)
-    if methods != (policy.federation_method, policy.personal_method):
-        raise CampaignError(f"{folder}/scenario.json must name the methods the policy names; it was altered.")
+    privacy = scenario.privacy
+    stated = (scenario.federation.method, scenario.personal.method, privacy.trust, privacy.unit)
+    if stated != (policy.federation_method, policy.personal_method, policy.trust, policy.unit):
+        # rule P1 is checked on the scenario: one that says trust "none" would switch the check off
+        raise CampaignError(f"{folder}/scenario.json must name methods, trust and unit of the policy; it was altered.")
     return Campaign(folder, scenario, policy, start)

@@ -17,6 +17,8 @@ from simulations.campaigns import Opened
 from simulations.events import EventLog
 from simulations.journal import Journal
 
+_ENGINE = {"engine", "workers", "ray_address"}  # where devices run, which no result depends on
+
 
 @contextmanager
 def run_folder(out: Path, *, resume: bool) -> Iterator[None]:
@@ -60,20 +62,21 @@ def check_same_scenario(out: Path, scenario: Scenario) -> Scenario:
     """The scenario of an interrupted run, which must be the one asked for in everything that decides the result.
 
     Returns:
-        The run's own scenario with the ``performance`` table asked for.
+        The run's own scenario on the engine asked for. No other setting may differ: a round that is run again must
+        give the same bytes, and the size of a batch or the number of threads can move the last bit.
 
     Raises:
         ScenarioError: They differ.
     """
     begun = load_scenario(out / "scenario.json")
-    ours, theirs = (_flat(each.model_dump(mode="json", exclude={"performance"})) for each in (scenario, begun))
+    ours, theirs = (_flat(each.model_dump(mode="json", exclude={"performance": _ENGINE})) for each in (scenario, begun))
     for key in sorted(ours):
         if ours[key] != theirs[key]:
             raise ScenarioError(
                 f"{out} must be a run of this scenario to be resumed: there {key} = {json.dumps(theirs[key])}, "
                 f"here {json.dumps(ours[key])}. Leave the scenario away to go on with the run's own."
             )
-    return begun.model_copy(update={"performance": scenario.performance})
+    return begun.model_copy(update={"performance": scenario.performance})  # equal but for the engine
 
 
 def _flat(tables: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import shared.assets
 from sottovoce.cli import main
@@ -66,7 +67,6 @@ def refused(world, capsys):
         ("task.name=poetry", "task.name must be 'rating' or 'generation', got 'poetry'"),
         ("task.name=generation", "must name eos_token_id for task 'generation'"),
         ("task.template=hello", "task.template must hold {text} exactly once, got 'hello'"),
-        ("performance.device=cuda", "performance.device = 'cuda' needs a GPU"),
         ("performance.engine=dask", "performance.engine must be 'inline' or 'ray', got 'dask'"),
         ("model.base=asset:GPT-9", "the asset must be one of"),
         ("model.base=/nowhere/base", "there is no such folder"),
@@ -79,9 +79,11 @@ def test_a_setting_that_cannot_be(refused, world, setting, says):
     assert not (world.parent / "out").exists()
 
 
-@pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_is_refused_where_there_is_none(refused):
-    assert "got none; set cpu" in refused(settings=("performance.device=cuda",))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_is_refused_where_there_is_none(refused, world):
+    said = refused(settings=("performance.device=cuda",))
+    assert "performance.device = 'cuda' needs a GPU and a CUDA build of torch, got none; set cpu" in said
+    assert not (world.parent / "out").exists()
 
 
 def test_a_method_that_breaks_the_guarantee_names_the_allowed_ones(refused, install_package):

@@ -336,6 +336,22 @@ def test_an_altered_start_is_noticed(campaign):
 
 
 @pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [("privacy", "trust", "none"), ("personal", "method", "none"), ("federation", "method", "fedavg")],
+)
+def test_a_scenario_that_says_otherwise_than_its_policy_is_refused(campaign, table, key, value):
+    """Rule P1 is checked on the scenario: one that says trust "none" would switch the check off."""
+    published = campaign(name=f"altered-{key}-{value}")
+    path = published.folder / "scenario.json"
+    settings = read_json(path)
+    settings[table][key] = value
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(CampaignError, match="must name methods, trust and unit of the policy"):
+        read_campaign(published.folder)
+    assert answer(published)[0] == "POLICY"
+
+
+@pytest.mark.parametrize(
     ("body", "error", "says"),
     [
         ("privacy.max_participations = 1\nfederation.rounds = 4", PrivacyError, "must be at least 2"),
