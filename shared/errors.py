@@ -29,6 +29,23 @@ class HeadError(SottovoceError):
     """A personal head cannot be exported or used: outputs differ, another base, a damaged file."""
 
 
+class LedgerError(SottovoceError):
+    """The record of what a device has spent cannot be used: nothing is trained and nothing is sent.
+
+    Args:
+        text: What must hold, what was found, what to do.
+        code: What the server is told: ``LEDGER`` (missing, damaged, locked, full), or ``ROLLBACK``.
+    """
+
+    def __init__(self, text: str, *, code: str = "LEDGER") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class StoreError(SottovoceError):
+    """A device's keys or encrypted files cannot be read or written: a lost key, a damaged file, no room."""
+
+
 class RefusedError(SottovoceError):
     """A device refuses a request; only the fixed ``code`` crosses the wire, never the text.
 
