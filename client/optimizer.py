@@ -1,13 +1,13 @@
 """Where clipping, noise and the policy's constants meet: one noisy step of DP-SGD, or one without privacy."""
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from shared.clipping import clipped_sum
-from shared.noise import add_gaussian_noise
-from shared.policy import Policy
+from shared.errors import PrivacyError
+from shared.noise import Randomness
+from shared.policy import Policy, check_grid
 
 _MAX_WAITING = 4_000_000  # per-sample gradient values kept before they are clipped: bounds memory, not the sum
 
@@ -22,25 +22,31 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
 
     Args:
         parameters: What trains; all of them are clipped as one vector.
-        policy: Clip norm C, noise multiplier z, denominator B.
-        generator: Source of the noise.
+        policy: Clip norm C, noise multiplier z, grid, denominator B.
+        randomness: Source of the noise.
+
+    Raises:
+        PrivacyError: The policy's grid is not the one its noise needs.
 
     Guarantee:
-        One step moves the parameters by -lr (S + N(0, (zC)^2 I)) / B, where adding or removing one record changes S by
-        at most C in L2 norm.
+        One step moves the parameters by -lr g (S + N) / B, with g the grid. S is a vector of integers and adding or
+        removing one record changes g S by at most C in L2 norm; N is discrete Gaussian noise with g N of standard
+        deviation zC. What is released is a function of S + N, whose bits say nothing more.
 
     Source:
-        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with B a constant in place of the lot size.
+        Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with B a constant in place of the lot size; integer noise on
+        rounded contributions after Kairouz et al. 2021, arXiv:2102.06387.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: np.random.Generator) -> None:
+    def __init__(self, parameters: list[nn.Parameter], policy: Policy, randomness: Randomness) -> None:
+        check_grid(policy)
         super().__init__(
             torch.optim.SGD(parameters, lr=policy.learning_rate),
             noise_multiplier=policy.noise_multiplier,
             max_grad_norm=policy.clip_norm,
             expected_batch_size=policy.denominator,
-            generator=generator,
         )
+        self._randomness, self._grid = randomness, float(policy.grid or 0)
         self._learning_rate = policy.learning_rate
         self._waiting = 0  # numbers in the per-sample gradients not clipped yet
 
@@ -54,7 +60,7 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def _clip_waiting(self) -> None:
         """Clip the per-sample gradients that wait and add them to the step's sum."""
-        sums = clipped_sum(self.grad_samples, clip_norm=self.max_grad_norm)
+        sums = clipped_sum(self.grad_samples, clip_norm=self.max_grad_norm, grid=self._grid)
         for parameter, clipped in zip(self.params, sums, strict=True):
             so_far = parameter.summed_grad
             parameter.summed_grad = clipped if so_far is None else so_far + clipped
@@ -63,22 +69,30 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Add the noise to the sum, divide by the constant, move the parameters, forget everything."""
+        """Add the noise to the sum, divide by the constant, move the parameters, forget everything.
+
+        Raises:
+            PrivacyError: The parameters are not finite afterwards; release nothing.
+        """
         if self._waiting:
             self._clip_waiting()
-        for parameter in self.params:
-            total = parameter.summed_grad if parameter.summed_grad is not None else torch.zeros_like(parameter)
-            stddev = self.noise_multiplier * self.max_grad_norm
-            noised = add_gaussian_noise(total, stddev=stddev, generator=self.generator)
-            parameter.add_(noised, alpha=-self._learning_rate / self.expected_batch_size)
+        sizes = [parameter.numel() for parameter in self.params]
+        noise = torch.from_numpy(self._randomness.gaussian_integers(sum(sizes)))  # one draw costs less than many
+        for parameter, noised in zip(self.params, noise.split(sizes), strict=True):
+            if parameter.summed_grad is not None:
+                noised += parameter.summed_grad.to(noised.device).view(-1)
+            change = noised.to(torch.float64) * (-self._learning_rate * self._grid / self.expected_batch_size)
+            parameter.add_(change.to(parameter).view_as(parameter))
+            if not bool(torch.isfinite(parameter).all()):
+                raise PrivacyError("parameters must be finite after a noised step, got NaN or an overflow.")
             parameter.grad_sample = parameter.summed_grad = parameter.grad = None
 
 
 class PlainOptimizer:
     """The same step without clipping and noise, for trust ``none``: summed gradient over the same constant."""
 
-    def __init__(self, parameters: list[nn.Parameter], policy: Policy, generator: np.random.Generator) -> None:
-        del generator  # nothing is drawn; the signature is the one of PolicyOptimizer
+    def __init__(self, parameters: list[nn.Parameter], policy: Policy, randomness: Randomness) -> None:
+        del randomness  # nothing is drawn; the signature is the one of PolicyOptimizer
         self._sgd = torch.optim.SGD(parameters, lr=policy.learning_rate)
         self._parameters, self._denominator = parameters, policy.denominator
 

@@ -16,14 +16,13 @@ from threadpoolctl import threadpool_limits
 from client.train import make_trainable
 from shared.adapter import load_start
 from shared.assets import resolve
-from shared.campaign import Campaign, find_campaign
+from shared.campaign import Campaign, certify, find_campaign
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, read
 from shared.errors import RefusedError, ScenarioError
 from shared.features import Features, cached_features
 from shared.head import Head
 from shared.model import Base, load_base
-from shared.policy import check_compatible, check_extensions, check_price
 from shared.tasks import TASKS, Key, Labels, Scores, Targets
 
 
@@ -100,17 +99,32 @@ class TextFeatures:
 
 
 @dataclass
-class Site:
-    """One process of devices in one campaign."""
+class Workbench:
+    """What a process trains one campaign with: the frozen base, and a head with per-sample gradients."""
 
     campaign: Campaign
     base: Base
     head: Head
     module: GradSampleModule | Head
+    busy_s: float = field(default=0.0, kw_only=True)  # time spent in the devices' own work, for the cost table
+
+
+def open_workbench(campaign: Campaign) -> Workbench:
+    """Load base and head of a campaign, the head at its public start."""
+    use_threads(campaign.scenario.performance.threads)
+    base = resident_base(campaign.scenario.model.base, campaign.scenario.performance.device)
+    head = campaign.new_head(base)
+    load_start(head.to(base.device), campaign.start)
+    return Workbench(campaign, base, head, make_trainable(head, campaign.policy))
+
+
+@dataclass
+class Site(Workbench):
+    """A process of simulated devices in one campaign: a workbench, and the data set of all of them."""
+
     dataset: Dataset
     texts: TextFeatures
     inputs: Features  # of every text, prepared for the head
-    busy_s: float = field(default=0.0)  # time spent in the devices' own work, for the cost table
 
     def shared_records(self, device: int) -> tuple[Features, Targets]:
         """The records one device trains the shared part on: prepared backbone outputs, and targets."""
@@ -134,29 +148,17 @@ def accepted_campaign(campaigns: str, policy_sha256: str) -> Campaign:
     campaign = find_campaign(Path(campaigns), policy_sha256)
     if campaign is None:
         raise RefusedError("POLICY")
-    check_price(campaign.policy)
-    check_compatible(campaign.scenario)
-    check_extensions(campaign.policy, campaign.scenario)
+    certify(campaign)
     return campaign
 
 
 @lru_cache(maxsize=2)
 def open_site(campaigns: str, policy_sha256: str) -> Site:
     """Load everything a process of devices needs for one campaign, once; parameters as ``accepted_campaign``."""
-    campaign = accepted_campaign(campaigns, policy_sha256)
-    scenario = campaign.scenario
-    use_threads(scenario.performance.threads)
-    base = resident_base(scenario.model.base, scenario.performance.device)
-    head = campaign.new_head(base)
-    load_start(head.to(base.device), campaign.start)
+    bench = open_workbench(accepted_campaign(campaigns, policy_sha256))
+    scenario = bench.campaign.scenario
     dataset = resident_dataset(scenario.data.format, scenario.data.source)
-    texts = TextFeatures(base, scenario, dataset)
+    texts = TextFeatures(bench.base, scenario, dataset)
     return Site(
-        campaign=campaign,
-        base=base,
-        head=head,
-        module=make_trainable(head, campaign.policy),
-        dataset=dataset,
-        texts=texts,
-        inputs=head.prepare(texts.all),
+        bench.campaign, bench.base, bench.head, bench.module, dataset, texts, inputs=bench.head.prepare(texts.all)
     )

@@ -13,6 +13,7 @@ from shared.clipping import clip_by_norm
 from shared.errors import PrivacyError, RefusedError
 from shared.features import Features
 from shared.head import Head
+from shared.noise import Randomness
 from shared.policy import Policy
 from shared.tasks import Targets
 
@@ -33,8 +34,7 @@ def train_shared(
     *,
     policy: Policy,
     micro_batch: int,
-    sampling: np.random.Generator,
-    noise: np.random.Generator,
+    randomness: Randomness,
 ) -> Arrays:
     """Take the policy's noisy steps from the server's arrays and return the change, and nothing else.
 
@@ -45,8 +45,7 @@ def train_shared(
         targets: What they are to predict.
         policy: All constants; nothing is taken from n.
         micro_batch: Tokens per forward pass, padding included; does not change the sum.
-        sampling: Source of the Poisson draws.
-        noise: Source of the noise.
+        randomness: Source of the Poisson draws and of the noise.
 
     Returns:
         Slot name -> change after ``policy.steps`` steps, of L2 norm at most ``policy.max_update_norm``.
@@ -60,10 +59,10 @@ def train_shared(
     head = module._module if isinstance(module, GradSampleModule) else module
     device = head.device
     load_shared(head, start)
-    optimizer = OPTIMIZERS[policy.trust](list(shared_parameters(head).values()), policy, noise)
+    optimizer = OPTIMIZERS[policy.trust](list(shared_parameters(head).values()), policy, randomness)
     with quiet_hooks():
         for _ in range(policy.steps):
-            rows = _draw(len(targets), policy.sampling_rate, sampling)
+            rows = _draw(len(targets), policy.sampling_rate, randomness)
             for batch in micro_batches(rows, features.lengths, micro_batch):
                 hidden, mask = features.batch(batch)  # (B, T, d), (B, T)
                 wanted = targets.batch(batch, hidden.shape[1])
@@ -88,11 +87,11 @@ def quiet_hooks() -> Iterator[None]:
         yield
 
 
-def _draw(count: int, rate: float, generator: np.random.Generator) -> np.ndarray:
+def _draw(count: int, rate: float, randomness: Randomness) -> np.ndarray:
     """Each record independently with probability ``rate``; all of them at 1. Empty draws are legal and must happen."""
     if rate == 1.0:
         return np.arange(count)
-    return np.flatnonzero(generator.random(count) < rate)
+    return np.flatnonzero(randomness.bernoulli(rate, count))
 
 
 def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:

@@ -47,6 +47,7 @@ class Checkpoint:
 
     Attributes:
         participations: Rounds each device was asked in, by its seat in the roster.
+        answered: Rounds in which a reply of it was used; a device asks this to know whether its ledger was rolled back.
         latest: What the last round took.
         total: What all rounds so far took.
     """
@@ -56,6 +57,7 @@ class Checkpoint:
     arrays: Arrays
     optimizer: OptimizerState
     participations: dict[int, int]
+    answered: dict[int, int] = field(default_factory=dict)
     latest: Counts = Counts()
     total: Counts = Counts()
 
@@ -78,6 +80,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "optimizer_step": checkpoint.optimizer.step,
         "policy_sha256": checkpoint.policy_sha256,
         "participations": {str(seat): count for seat, count in checkpoint.participations.items()},
+        "answered": {str(seat): count for seat, count in checkpoint.answered.items()},
         "latest": asdict(checkpoint.latest),
         "total": asdict(checkpoint.total),
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
@@ -116,6 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             round_number=int(state["round"]),
             policy_sha256=str(state["policy_sha256"]),
             participations={int(seat): int(count) for seat, count in state["participations"].items()},
+            answered={int(seat): int(count) for seat, count in state["answered"].items()},
             latest=Counts(**state["latest"]),
             total=Counts(**state["total"]),
             arrays=parts["arrays"],

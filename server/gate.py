@@ -35,7 +35,7 @@ def check_reply(message: Message, *, policy: Policy, policy_sha256: str, round_n
     if refusal is not None:
         raise RejectedReply(refusal)
     try:
-        update, replied_round, replied_policy = wire.unpack(message.content, policy.array_slots())
+        update, replied_round, replied_policy = wire.unpack_reply(message.content, policy.array_slots())
     except wire.MalformedError as malformed:
         raise RejectedReply(malformed.code) from None
     if replied_round != round_number:

@@ -59,12 +59,16 @@ class EqualWeights(Strategy):
     ) -> Iterable[Message]:
         """One request for each device of the round's cohort; ``arrays`` and ``config`` are those of the checkpoint."""
         del arrays, config
-        content = wire.pack_request(
-            self.checkpoint.arrays, round_number=server_round, policy_sha256=self._policy_sha256
-        )
+        shared, answered = wire.pack_arrays(self.checkpoint.arrays), self.checkpoint.answered
         timeout_s = self.campaign.scenario.federation.round_timeout_s
         self._cohort = self._choose_cohort(server_round, [n for n in grid.get_node_ids() if n in self._roster])
-        for node in self._cohort:
+        for node, seat in self._cohort.items():
+            content = wire.pack_request(
+                shared,
+                round_number=server_round,
+                policy_sha256=self._policy_sha256,
+                answered=answered.get(seat, 0),
+            )
             # ttl and group keep a device that comes back late from answering an old round
             yield Message(content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(server_round))
 
@@ -126,11 +130,16 @@ class EqualWeights(Strategy):
                 f"the shared arrays must stay finite and within {MAX_ABS_VALUE:g} after round {server_round}; training "
                 "diverged or a device sent poison. Lower the learning rates; the last checkpoint is kept."
             )
-        counts = dict(self.checkpoint.participations)
-        counts.update({seat: counts.get(seat, 0) + 1 for seat in self._cohort.values()})
         latest = Counts(self.accepted, dict(self.rejected))
         self.checkpoint = Checkpoint(
-            server_round, self._policy_sha256, arrays, optimizer, counts, latest, self.checkpoint.total + latest
+            server_round,
+            self._policy_sha256,
+            arrays,
+            optimizer,
+            participations=_one_more(self.checkpoint.participations, self._cohort.values()),
+            answered=_one_more(self.checkpoint.answered, updates),
+            latest=latest,
+            total=self.checkpoint.total + latest,
         )
         return None, None
 
@@ -154,3 +163,7 @@ class EqualWeights(Strategy):
 
     def summary(self) -> None:
         """Flower's log of a strategy's settings; the run folder holds them all."""
+
+
+def _one_more(counts: Mapping[int, int], seats: Iterable[int]) -> dict[int, int]:
+    return dict(counts) | {seat: counts.get(seat, 0) + 1 for seat in seats}

@@ -37,6 +37,8 @@ class Mechanism:
         sampling_rate: Chance that a record enters a step, independently of all else (Poisson); in (0, 1].
         steps: Noisy steps per round.
         max_participations: Rounds one device may join in the whole campaign.
+        coordinates: Numbers in one noisy step, where the noise is discrete; 0 for the continuous Gaussian.
+        grid_sigma: Standard deviation of discrete noise in steps of its grid.
 
     Raises:
         PrivacyError: A value is impossible; the message names the scenario's key.
@@ -46,8 +48,15 @@ class Mechanism:
     sampling_rate: float
     steps: int
     max_participations: int
+    coordinates: int = 0
+    grid_sigma: float = math.inf
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.coordinates, int) and self.coordinates >= 0 and self.grid_sigma >= 1):
+            raise PrivacyError(
+                "coordinates must be a whole number >= 0 and grid_sigma at least 1, "
+                f"got {self.coordinates} and {self.grid_sigma}."
+            )
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
             raise PrivacyError(f"noise_multiplier must be finite and > 0, got {self.noise_multiplier}. Calibrate it.")
         if not 0 < self.sampling_rate <= 1:
@@ -62,6 +71,11 @@ class Mechanism:
     def releases(self) -> int:
         """Noisy steps over the whole campaign."""
         return self.steps * self.max_participations
+
+    @property
+    def continuous(self) -> "Mechanism":
+        """The same with Gaussian noise that is not rounded to a grid."""
+        return replace(self, coordinates=0, grid_sigma=math.inf)
 
 
 def epsilon(mechanism: Mechanism, *, delta: float, discretization: float = 1e-4) -> float:
@@ -83,12 +97,52 @@ def epsilon(mechanism: Mechanism, *, delta: float, discretization: float = 1e-4)
         Not below the true epsilon, since a coarser grid only raises it. One step more never lowers it.
 
     Source:
-        Google dp-accounting; Doroshenko et al. 2022, arXiv:2207.04380 (connect the dots).
+        Google dp-accounting; Doroshenko et al. 2022, arXiv:2207.04380 (connect the dots). Discrete noise is priced as
+        the Gaussian's plus what ``grid_excess`` proves.
     """
     _check_delta(delta)
     if not (math.isfinite(discretization) and discretization > 0):
         raise PrivacyError(f"discretization must be finite and > 0, got {discretization}. 1e-4 is usual.")
-    return _refined_price(mechanism, delta, discretization)
+    return _price_all(mechanism, delta, discretization)
+
+
+def grid_excess(mechanism: Mechanism, *, epsilon: float, delta: float) -> float:
+    """How much epsilon grows when the Gaussian noise behind ``epsilon`` is replaced by discrete noise on the grid.
+
+    Args:
+        mechanism: What one device releases; N = coordinates x releases numbers in all.
+        epsilon: Of the same mechanism with continuous noise, at ``delta`` x (1 - 1e-4).
+        delta: Of the discrete mechanism.
+
+    Returns:
+        N (t^2 + 1) / (24 s^2) with s = ``grid_sigma``; 0 for continuous noise, inf where the bound does not hold.
+
+    Guarantee:
+        The discrete mechanism is (epsilon + excess, delta)-private.
+
+    Source:
+        Ours. Contributions are integers, so rounding the sum with Gaussian noise is post-processing of the Gaussian
+        mechanism and adds exactly the rounded Gaussian r. Against it the discrete Gaussian p has, up to a constant that
+        cancels between neighbours, -1 / (24 s^2) <= log r(k) / p(k) <= k^2 / (24 s^4) (by sinh(x) / x <= exp(x^2 / 6)
+        and Jensen). Hence, with all N noises within t s, p on D is at most exp(N / 24 s^2) times r on D, and r on D' at
+        most exp(N t^2 / 24 s^2) times p on D'; t is such that e^epsilon times the chance of a noise beyond it is below
+        1e-5 of delta. Sampling does not matter: the bound holds given every draw.
+    """
+    if not mechanism.coordinates:
+        return 0.0
+    numbers, per_number = mechanism.coordinates * mechanism.releases, 1 / (24 * mechanism.grid_sigma**2)
+    if not (numbers * per_number <= 5e-5 and math.isfinite(epsilon)):
+        return math.inf
+    t_squared = 2 * (epsilon + math.log(4 * numbers) - math.log(1e-5 * delta))
+    return numbers * (t_squared + 1) * per_number if t_squared <= mechanism.grid_sigma**2 else math.inf
+
+
+def _price_all(mechanism: Mechanism, delta: float, discretization: float) -> float:
+    """Price of continuous noise, and what discrete noise adds to it."""
+    if not mechanism.coordinates:
+        return _refined_price(mechanism, delta, discretization)
+    continuous = _refined_price(mechanism.continuous, delta * (1 - 1e-4), discretization)
+    return continuous + grid_excess(mechanism, epsilon=continuous, delta=delta)
 
 
 def epsilon_by_participation(mechanism: Mechanism, *, delta: float) -> list[float]:
@@ -106,19 +160,27 @@ def epsilon_by_participation(mechanism: Mechanism, *, delta: float) -> list[floa
         PrivacyError: ``delta`` is impossible.
     """
     total = epsilon(mechanism, delta=delta)
+    excess = total - epsilon(mechanism.continuous, delta=delta) if math.isfinite(total) else 0.0
     after = [replace(mechanism, max_participations=k) for k in range(1, mechanism.max_participations + 1)]
     if not math.isfinite(total):
         return [epsilon(campaign, delta=delta) for campaign in after]
     one_round = _distribution(after[0], max(1e-4, total / 1e4))
     composed, curve = one_round, []
     for _ in after[:-1]:
-        curve.append(min(float(composed.get_epsilon_for_delta(delta)), total))
+        curve.append(min(float(composed.get_epsilon_for_delta(delta)) + excess, total))
         composed = composed.compose(one_round)
     return [*curve, total]
 
 
 def calibrate_noise(
-    *, epsilon: float, delta: float, sampling_rate: float, steps: int, max_participations: int
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    max_participations: int,
+    coordinates: int = 0,
+    grid_sigma: float = math.inf,
 ) -> float:
     """Find the smallest noise multiplier whose certified epsilon is within the target.
 
@@ -128,6 +190,8 @@ def calibrate_noise(
         sampling_rate: See ``Mechanism``.
         steps: See ``Mechanism``.
         max_participations: See ``Mechanism``.
+        coordinates: See ``Mechanism``.
+        grid_sigma: See ``Mechanism``.
 
     Returns:
         The noise multiplier; its epsilon lies within .2 % below the target.
@@ -148,7 +212,7 @@ def calibrate_noise(
             'A common choice is between 1 and 8; for no privacy set privacy.trust = "none".'
         )
     _check_delta(delta)
-    unit = Mechanism(1.0, sampling_rate, steps, max_participations)
+    unit = Mechanism(1.0, sampling_rate, steps, max_participations, coordinates, grid_sigma)
     if sampling_rate < 1 and delta >= -math.expm1(unit.releases * math.log1p(-sampling_rate)):
         raise PrivacyError(
             f"privacy.delta must be below the chance that a record is ever sampled, got {delta}: "
@@ -158,9 +222,11 @@ def calibrate_noise(
     def search(start: float, price: Callable[[Mechanism], float]) -> float:
         return _smallest_noise(lambda noise: price(replace(unit, noise_multiplier=noise)), start=start, target=epsilon)
 
-    noise = search(_guess_noise(epsilon, delta, unit), lambda m: _price(m, delta, max(1e-4, 4e-3 * epsilon)))
-    noise = search(noise, lambda m: _price(m, delta, max(1e-4, 4e-4 * epsilon)))
-    return search(noise, lambda m: _refined_price(m, delta, 1e-4))  # as a rule a single evaluation
+    noise = _guess_noise(epsilon, delta, unit)
+    for share in (4e-3, 4e-4):
+        grid = max(1e-4, share * epsilon)
+        noise = search(noise, lambda m, grid=grid: _price(m.continuous, delta, grid))  # type: ignore[misc]
+    return search(noise, lambda m: _price_all(m, delta, 1e-4))  # as a rule a single evaluation
 
 
 @dataclass(frozen=True)
@@ -299,7 +365,8 @@ def epsilon_together(mechanisms: Sequence[Mechanism], *, delta: float) -> float:
     first, *rest = (_distribution(mechanism, _TOGETHER_GRID) for mechanism in mechanisms)
     for other in rest:
         first = first.compose(other)
-    return float(first.get_epsilon_for_delta(delta))
+    together = float(first.get_epsilon_for_delta(delta * (1 - 1e-4)))
+    return together + sum(grid_excess(mechanism, epsilon=together, delta=delta) for mechanism in mechanisms)
 
 
 def _round_up(value: float) -> str:

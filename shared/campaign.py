@@ -13,14 +13,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.numpy import load_file, save_file
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from shared.adapter import Arrays
 from shared.config import Scenario, load_scenario
-from shared.errors import CampaignError
+from shared.errors import CampaignError, PrivacyError
 from shared.head import Head, make_head
 from shared.model import Base
-from shared.policy import Policy, hash_arrays, hash_head, read_policy
+from shared.policy import (
+    Policy,
+    check_compatible,
+    check_extensions,
+    check_price,
+    choices,
+    hash_arrays,
+    hash_settings,
+    read_policy,
+)
+from shared.signing import check_signature, policy_sha256
 
 
 @dataclass(frozen=True)
@@ -51,10 +64,14 @@ def write_campaign(folder: Path, scenario: Scenario, policy: Policy, start: Arra
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / "scenario.json").write_text(scenario.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (temporary / "policy.json").write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    save_file(start, temporary / "start.safetensors")
-    temporary.rename(folder)
+    try:
+        (temporary / "scenario.json").write_text(scenario.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (temporary / "policy.json").write_text(policy.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (temporary / "start.safetensors").write_bytes(save(start))
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return Campaign(folder, scenario, policy, start)
 
 
@@ -64,6 +81,47 @@ def find_campaign(campaigns: Path, policy_sha256: str) -> Campaign | None:
         if read_policy(path.read_text(encoding="utf-8")).sha256 == policy_sha256:
             return read_campaign(path.parent)
     return None
+
+
+def certify(campaign: Campaign) -> None:
+    """What a device checks itself before it takes part, whoever published or signed the campaign.
+
+    Raises:
+        PrivacyError: The policy's constants do not give the epsilon it states, or its methods break rule P1.
+        CampaignError: Its methods are not the ones installed here.
+    """
+    check_price(campaign.policy)
+    check_compatible(choices(campaign.policy))
+    check_extensions(campaign.policy, campaign.scenario)
+
+
+def check_promise(folder: Path) -> Campaign:
+    """Read a campaign and certify that it promises something, and that what it states holds.
+
+    Raises:
+        CampaignError: A file is missing, unreadable or not the one the policy names, or a package it names is not here.
+        PrivacyError: The price is not the one stated, the methods break rule P1, or nothing is promised.
+    """
+    campaign = read_campaign(folder)
+    if campaign.policy.trust == "none":
+        raise PrivacyError("a policy must promise something, got trust 'none': NOT PRIVATE; do not take part.")
+    if policy_sha256(folder) != campaign.policy.sha256:
+        raise CampaignError(f"{folder}/policy.json must be spelled as 'sottovoce policy new' does; it was altered.")
+    certify(campaign)
+    return campaign
+
+
+def verify_campaign(folder: Path, *, trusted: Ed25519PublicKey) -> Campaign:
+    """Read a campaign that a trusted operator signed and whose promise holds.
+
+    Raises:
+        CampaignError, PrivacyError: As ``check_promise`` and ``check_signature``.
+    """
+    signed = check_signature(folder, trusted=trusted)
+    campaign = check_promise(folder)
+    if campaign.policy.sha256 != signed:
+        raise CampaignError(f"{folder} must not change while it is read; its policy did.")
+    return campaign
 
 
 @dataclass(frozen=True)
@@ -106,18 +164,20 @@ def read_campaign(folder: Path) -> Campaign:
     """
     try:
         policy = read_policy((folder / "policy.json").read_text(encoding="utf-8"))
-        arrays = load_file(folder / "start.safetensors")
+        arrays = load((folder / "start.safetensors").read_bytes())
     except OSError as error:
         raise CampaignError(f"{folder} must hold a campaign: {error.strerror} ({error.filename}).") from None
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise CampaignError(f"{folder} must hold a campaign, a file in it is damaged: {error}.") from None
     start = dict(sorted(arrays.items()))
     if hash_arrays(start) != policy.start_sha256:
         raise CampaignError(f"{folder}/start.safetensors must be the start the policy names; it was altered.")
     scenario = load_scenario(folder / "scenario.json")
-    if hash_head(scenario) != policy.head_sha256:
-        raise CampaignError(f"{folder}/scenario.json must describe the head the policy names; it was altered.")
-    privacy = scenario.privacy
-    stated = (scenario.federation.method, scenario.personal.method, privacy.trust, privacy.unit)
-    if stated != (policy.federation_method, policy.personal_method, policy.trust, policy.unit):
-        # rule P1 is checked on the scenario: one that says trust "none" would switch the check off
+    if hash_settings(scenario) != policy.settings_sha256:
+        raise CampaignError(f"{folder}/scenario.json must hold the settings the policy names; it was altered.")
+    if choices(scenario) != choices(policy):
         raise CampaignError(f"{folder}/scenario.json must name methods, trust and unit of the policy; it was altered.")
+    for name, shape in policy.slots:
+        if name not in start or start[name].shape != shape or start[name].dtype != np.float32:
+            raise CampaignError(f"{folder}/start.safetensors must hold {name!r} as float32 of shape {shape}.")
     return Campaign(folder, scenario, policy, start)

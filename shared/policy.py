@@ -1,14 +1,16 @@
 """The privacy policy: every constant the guarantee rests on, public and fixed for a campaign.
 
 A device knows the policy before the first round and checks every request against its hash; the server cannot loosen it
-in a message. Nothing in it depends on any user's data (rule P2).
+in a message. Nothing in it depends on any user's data (rule P2). Operators sign it: ``shared/signing.py``.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,13 +20,16 @@ from shared.config import Scenario
 from shared.datasets import READERS
 from shared.errors import CampaignError, PrivacyError
 from shared.lora import FEDERATION_METHODS, TECHNIQUES
+from shared.noise import GRID_SIGMA
 from shared.registry import BUILT_IN, KINDS, check_name, lookup, origin
 
-PROTOCOL = 1
+PROTOCOL = 2
+REPLY_FIELDS = ("arrays", "config.policy", "config.round")  # the noised change and what it answers: all that is priced
 # Where a device's contribution is cut even after noise, so that the gate has a public bound: no device is expected to
 # hold more records than this, and one that does only sees its (already private) update scaled down.
 _RECORDS_BOUND = 2_000
 _UNCLIPPED_GRADIENT = 100.0  # a generous bound on one record's gradient under trust ``none``
+_COARSEST = 0.02  # half of it, in units of the clip norm, is what rounding to the grid may take from a record
 _NOISE_TAIL = 6.0  # standard deviations the noise's norm may lie above sqrt(parameters)
 
 
@@ -37,9 +42,12 @@ class Policy(BaseModel):
         sampling_rate: Probability with which each record enters a step, independently (Poisson); 1 = all of them.
         steps: Noisy steps per round, exactly this many.
         denominator: What the clipped, noised sum is divided by; never a count of records.
+        grid: Step of the grid on which contributions are rounded and noise is drawn, in gradient units.
         max_participations: Rounds a device may join in the whole campaign.
+        reply_fields: What a device may send, and nothing else.
         max_update_norm: L2 bound on what a device sends.
         slots: The tensors that may travel: (name, shape), float32, in this order, and nothing else.
+        settings_sha256: Hash of the settings both sides agree on, see ``hash_settings``.
         extensions: Choices that are not built in, each with package and version, so that a device sees them.
     """
 
@@ -54,6 +62,7 @@ class Policy(BaseModel):
     delta: float | None
     clip_norm: float | None
     noise_multiplier: float
+    grid: float | None
     sampling_rate: float
     steps: int
     denominator: float
@@ -62,10 +71,12 @@ class Policy(BaseModel):
     learning_rate: float
     rounds: int
     cohort_size: int
+    reply_fields: tuple[str, ...]
     federation_method: str
     personal_method: str
+    technique: str
     head_blocks: int
-    head_sha256: str
+    settings_sha256: str
     base_sha256: str
     start_sha256: str
     public_texts_sha256: str
@@ -77,9 +88,25 @@ class Policy(BaseModel):
         """Hash of the canonical JSON (sorted keys, no spaces)."""
         return _hash_policy(self)
 
+    @property
+    def mechanism(self) -> Mechanism:
+        """What one device releases over the campaign."""
+        return _mechanism(
+            noise_multiplier=self.noise_multiplier,
+            sampling_rate=self.sampling_rate,
+            steps=self.steps,
+            max_participations=self.max_participations,
+            shapes=[shape for _, shape in self.slots],
+        )
+
     def array_slots(self) -> tuple[Slot, ...]:
         """The arrays of a request and of a reply."""
         return tuple(Slot(name, shape, "float32", "global") for name, shape in self.slots)
+
+
+def _mechanism(*, shapes: Sequence[tuple[int, ...]], **constants: Any) -> Mechanism:
+    coordinates = sum(math.prod(shape) for shape in shapes)
+    return Mechanism(**constants, coordinates=coordinates, grid_sigma=GRID_SIGMA)
 
 
 @lru_cache(maxsize=64)  # by value: a copy with another constant has another hash
@@ -111,7 +138,7 @@ def make_policy(
             than ``privacy.max_participations`` allows.
     """
     privacy, federation, training = scenario.privacy, scenario.federation, scenario.training
-    check_compatible(scenario)
+    check_compatible(choices(scenario))
     cohort_size = clients if federation.cohort_size == "all" else federation.cohort_size
     if cohort_size > clients:
         raise PrivacyError(f"federation.cohort_size must be at most the {clients} clients, got {cohort_size}.")
@@ -122,6 +149,7 @@ def make_policy(
             f"{clients} clients, got {privacy.max_participations}; raise it (at the price of more noise) or ask fewer."
         )
     private = privacy.trust != "none"
+    size = sum(math.prod(slot.shape) for slot in slots)
     noise_multiplier = 0.0
     if private:
         if privacy.delta > 1 / (10 * clients):
@@ -135,11 +163,12 @@ def make_policy(
             sampling_rate=privacy.sampling_rate,
             steps=training.steps,
             max_participations=privacy.max_participations,
+            coordinates=size,
+            grid_sigma=GRID_SIGMA,
         )
-    size = sum(math.prod(slot.shape) for slot in slots)
     per_record = privacy.clip_norm if private else _UNCLIPPED_GRADIENT
     bound = per_record * (_RECORDS_BOUND + noise_multiplier * (size**0.5 + _NOISE_TAIL))
-    return Policy(
+    policy = Policy(
         protocol=PROTOCOL,
         campaign=f"{scenario.name}, seed {scenario.seed}",
         trust=privacy.trust,
@@ -149,6 +178,7 @@ def make_policy(
         delta=privacy.delta if private else None,
         clip_norm=privacy.clip_norm if private else None,
         noise_multiplier=noise_multiplier,
+        grid=noise_multiplier * privacy.clip_norm / GRID_SIGMA if private else None,
         sampling_rate=privacy.sampling_rate,
         steps=training.steps,
         denominator=privacy.denominator,
@@ -157,37 +187,76 @@ def make_policy(
         learning_rate=training.learning_rate,
         rounds=federation.rounds,
         cohort_size=cohort_size,
+        reply_fields=REPLY_FIELDS,
         federation_method=federation.method,
         personal_method=scenario.personal.method,
+        technique=scenario.adapter.technique,
         head_blocks=head_blocks,
-        head_sha256=hash_head(scenario),
+        settings_sha256=hash_settings(scenario),
         base_sha256=base_sha256,
         start_sha256=hash_arrays(start),
         public_texts_sha256=hashlib.sha256("\0".join(public_texts).encode()).hexdigest(),
         slots=tuple((slot.name, slot.shape) for slot in slots),
         extensions=extensions(scenario),
     )
+    if private:
+        check_grid(policy)
+    return policy
 
 
 # Rule P1 at record level: the shared step reads base, public start, shared tensors, policy and raw records, never a
 # tensor trained without noise on the same records. A federation method is data (``FederationMethod``) and cannot read
-# more; a personal method says of itself whether it is read. Ours are named here, for a server has no client code.
+# more, a technique adds trainable factors of the shared tensors and nothing else (``inject``); a personal method says
+# of itself whether it is read. Ours are named here, for a server has no client code.
 SEQUENTIAL: tuple[str, ...] = ("none", "fine-tune")
 
 
-def check_compatible(scenario: Scenario) -> None:
-    """Raise ``PrivacyError`` where a personal method would reach back into the shared, accounted step (rule P1).
+@dataclass(frozen=True)
+class Choices:
+    """What must fit together for a guarantee to hold (rule P1)."""
 
-    One from outside must declare ``read_by_shared_step = False``; a missing or any other value refuses.
-    """
-    method = scenario.personal.method
-    if scenario.privacy.trust == "none" or read_by_shared_step(method) is False:
-        return
-    raise PrivacyError(
-        f"personal.method = {method!r} with federation.method = {scenario.federation.method!r} is not private at unit "
-        f"{scenario.privacy.unit!r}; allowed personal methods here: {list(SEQUENTIAL)}, "
-        "or one that declares read_by_shared_step = False."
+    federation_method: str
+    personal_method: str
+    technique: str
+    unit: str
+    trust: str
+
+
+def choices(source: Scenario | Policy) -> Choices:
+    """What a scenario, or a policy, combines."""
+    if isinstance(source, Policy):
+        stated = (source.federation_method, source.personal_method, source.technique, source.unit, source.trust)
+        return Choices(*stated)
+    privacy = source.privacy
+    return Choices(
+        source.federation.method, source.personal.method, source.adapter.technique, privacy.unit, privacy.trust
     )
+
+
+def check_compatible(chosen: Choices) -> None:
+    """The one check of rule P1: no shared, accounted step may read what was trained without noise on the same records.
+
+    Raises:
+        ScenarioError: A method or technique is known to nobody.
+        PrivacyError: A private part would reach back into the shared step, or the unit is one without a mechanism; the
+            message names what is allowed.
+    """
+    check_name("federation_methods", chosen.federation_method, FEDERATION_METHODS)
+    check_name("techniques", chosen.technique, TECHNIQUES)
+    reads = read_by_shared_step(chosen.personal_method)
+    if chosen.trust == "none":
+        return
+    if chosen.unit != "record" or chosen.trust != "local":
+        raise PrivacyError(
+            f"a guarantee for unit {chosen.unit!r} under trust {chosen.trust!r} has no mechanism in this version; "
+            "allowed: unit 'record' under trust 'local'."
+        )
+    if reads is not False:
+        raise PrivacyError(
+            f"personal.method = {chosen.personal_method!r} with federation.method = {chosen.federation_method!r} and "
+            f"adapter.technique = {chosen.technique!r} is not private at unit {chosen.unit!r}; allowed personal "
+            f"methods here: {list(SEQUENTIAL)}, or one that declares read_by_shared_step = False."
+        )
 
 
 def read_by_shared_step(personal_method: str) -> object:
@@ -228,34 +297,59 @@ def hash_arrays(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def hash_head(scenario: Scenario) -> str:
-    """Hash over the settings that shape the head and its input, which a policy fixes too."""
-    settings = [scenario.task, scenario.adapter]
-    text = json.dumps([scenario.model.max_tokens, *(table.model_dump(mode="json") for table in settings)])
-    return hashlib.sha256(text.encode()).hexdigest()
+def hash_settings(scenario: Scenario) -> str:
+    """Hash over every setting that server and devices must agree on.
+
+    Not among them: how fast one computes, and where one's data and base lie (the base has a hash of its own).
+    """
+    content = scenario.model_dump(
+        mode="json",
+        exclude={
+            "performance": True,
+            "evaluation": True,
+            "export": True,
+            "linear": True,
+            "data": True,
+            "model": {"base"},
+        },
+    )
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def check_price(policy: Policy) -> None:
     """Certify that a policy's constants give the epsilon it states; a device does this before it takes part.
 
     Raises:
-        PrivacyError: They do not, or an impossible constant stands among them.
+        PrivacyError: They do not, an impossible constant stands among them, or a reply would hold a field that is not
+            priced.
     """
+    if policy.reply_fields != REPLY_FIELDS:
+        raise PrivacyError(f"a reply may hold {REPLY_FIELDS} and nothing else, the policy says {policy.reply_fields}.")
     if policy.trust == "none":
         return
     if policy.epsilon is None or policy.delta is None or policy.clip_norm is None or not policy.clip_norm > 0:
         raise PrivacyError("a policy of trust 'local' must state epsilon, delta and clip_norm; do not take part.")
-    mechanism = Mechanism(
-        noise_multiplier=policy.noise_multiplier,
-        sampling_rate=policy.sampling_rate,
-        steps=policy.steps,
-        max_participations=policy.max_participations,
-    )
-    price = epsilon(mechanism, delta=policy.delta)
+    check_grid(policy)
+    price = epsilon(policy.mechanism, delta=policy.delta)
     if not price <= policy.epsilon:
         raise PrivacyError(
             f"a policy's constants must give the epsilon it states, {policy.epsilon:g}; they give {price:.3g}; "
             "do not take part."
+        )
+
+
+def check_grid(policy: Policy) -> None:
+    """Raise ``PrivacyError`` unless noise on the policy's grid has the standard deviation that is priced."""
+    if policy.clip_norm is None or policy.grid != policy.noise_multiplier * policy.clip_norm / GRID_SIGMA:
+        raise PrivacyError(
+            f"a policy's grid must be noise_multiplier x clip_norm / {GRID_SIGMA}, got {policy.grid} "
+            f"with {policy.noise_multiplier} x {policy.clip_norm}; do not take part."
+        )
+    if not policy.grid * policy.mechanism.coordinates**0.5 <= _COARSEST * policy.clip_norm:
+        raise PrivacyError(
+            f"noise must leave a record visible on its grid, got a noise multiplier of {policy.noise_multiplier:g} for "
+            f"{policy.mechanism.coordinates} numbers; raise privacy.epsilon or train fewer numbers."
         )
 
 

@@ -1,12 +1,16 @@
 """What crosses the network: two messages, their fields, and the fixed codes of a refusal. Nothing else.
 
-A request carries the shared arrays, the round and the policy's hash. A reply carries the (noised) change of the same
-arrays and echoes round and policy. No counts, no losses, no free text (rule P2).
+A request carries the shared arrays, the round, the policy's hash, and how many replies of this device the server has
+used so far, which a device whose ledger was rolled back holds against its own count. A reply carries the (noised)
+change of the same arrays and echoes round and policy. No counts, no losses, no free text (rule P2).
 """
 
+import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -19,25 +23,72 @@ REFUSAL = "refusal"
 
 # Why a device did not train. The text behind a code stays on the device.
 REFUSALS = (
-    "NOT_A_SIMULATION",  # ledger and secure noise are not part of this version, so no real device trains
+    "NO_HOME",  # neither a simulation nor a device with a ledger, keys and an owner's consent
+    "NOT_A_SIMULATION",  # a question that only simulated devices answer
     "SCHEMA",  # a field is missing, unknown or of the wrong type
-    "POLICY",  # the request names another policy
-    "ROUND",  # the round is outside the campaign, or not after the last one taken part in
+    "POLICY",  # the request names a policy this device does not know, or that does not keep what it states
+    "CONSENT",  # the owner has not agreed to this policy, has withdrawn, or agreed until a day that has passed
+    "PAUSED",  # the owner has paused
+    "ROUND",  # the round is outside the campaign, or before the last one taken part in
     "ARRAYS",  # names, shapes, bytes or values of the arrays
     "BUDGET",  # max_participations is spent
+    "CONFLICT",  # this round was answered, to another request
+    "BURNT",  # this round was spent and nothing was released: it is not trained again
+    "BUSY",  # another process of this device is at work
+    "LEDGER",  # the record of what was spent cannot be used
+    "ROLLBACK",  # the record of what was spent is older than it was
+    "STORE",  # keys or encrypted files cannot be used
     "NOT_FINITE",  # the noised state holds NaN or infinity
     "INTERNAL",  # anything else
 )
 
 
-def pack_request(arrays: Arrays, *, round_number: int, policy_sha256: str) -> RecordDict:
-    """The server's request for one round of training."""
-    return RecordDict({ARRAYS: _pack(arrays), CONFIG: _config(round_number, policy_sha256)})
+@dataclass(frozen=True)
+class Request:
+    """What a server asks of one device in one round.
+
+    Attributes:
+        answered: Replies of this device the server has used in this campaign.
+    """
+
+    arrays: Arrays
+    round_number: int
+    policy_sha256: str
+    answered: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what decides the answer: arrays, round and policy."""
+        digest = hashlib.sha256(f"{self.round_number}|{self.policy_sha256}|".encode())
+        for name, array in self.arrays.items():
+            digest.update(f"{name}|{array.shape}|".encode() + array.tobytes())
+        return digest.hexdigest()
+
+
+def pack_arrays(arrays: Arrays) -> ArrayRecord:
+    """Arrays as Flower carries them."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+def pack_request(arrays: ArrayRecord, *, round_number: int, policy_sha256: str, answered: int = 0) -> RecordDict:
+    """The server's request for one round of training; see ``Request``."""
+    fields = ConfigRecord({"round": round_number, "policy": policy_sha256, "answered": answered})
+    return RecordDict({ARRAYS: arrays, CONFIG: fields})
 
 
 def pack_reply(update: Arrays, *, round_number: int, policy_sha256: str) -> RecordDict:
     """A device's answer: the change of the shared arrays."""
-    return pack_request(update, round_number=round_number, policy_sha256=policy_sha256)
+    fields = ConfigRecord({"round": round_number, "policy": policy_sha256})
+    return RecordDict({ARRAYS: pack_arrays(update), CONFIG: fields})
+
+
+def reply_fields(reply: RecordDict) -> tuple[str, ...]:
+    """What a reply holds, as a policy names it: records, and the fields of each record but the arrays."""
+    found = [
+        [name] if isinstance(record, ArrayRecord) else [f"{name}.{field}" for field in record]
+        for name, record in reply.items()
+    ]
+    return tuple(sorted(field for fields in found for field in fields))
 
 
 def pack_refusal(code: str) -> RecordDict:
@@ -68,8 +119,8 @@ def named_policy(content: RecordDict) -> str:
     return policy
 
 
-def unpack(content: RecordDict, slots: Sequence[Slot]) -> tuple[Arrays, int, str]:
-    """Arrays, round and policy hash of a request or a reply.
+def unpack_request(content: RecordDict, slots: Sequence[Slot]) -> Request:
+    """A server's request.
 
     Nothing a sender wrote is interpreted: an array must be, byte for byte, the header its slot implies and the right
     number of values after it, so that no claimed shape allocates memory and no other format is opened.
@@ -82,20 +133,37 @@ def unpack(content: RecordDict, slots: Sequence[Slot]) -> tuple[Arrays, int, str
         MalformedError: ``SCHEMA`` (records or fields), ``KEYS`` (names or order), ``ARRAY`` (type, shape or bytes),
             ``NOT_FINITE``.
     """
+    record, config = _records(content, {"round": int, "policy": str, "answered": int})
+    if config["answered"] < 0:
+        raise MalformedError("SCHEMA")
+    return Request(_arrays(record, slots), config["round"], config["policy"], config["answered"])
+
+
+def unpack_reply(content: RecordDict, slots: Sequence[Slot]) -> tuple[Arrays, int, str]:
+    """Arrays, round and policy hash of a device's reply; as ``unpack_request``."""
+    record, config = _records(content, {"round": int, "policy": str})
+    return _arrays(record, slots), config["round"], config["policy"]
+
+
+def _records(content: RecordDict, fields: Mapping[str, type]) -> tuple[ArrayRecord, dict[str, Any]]:
+    """The two records of a message that holds these fields and nothing else."""
     if set(content) != {ARRAYS, CONFIG}:
         raise MalformedError("SCHEMA")
     record, config = content[ARRAYS], content[CONFIG]
     if not isinstance(record, ArrayRecord) or not isinstance(config, ConfigRecord):
         raise MalformedError("SCHEMA")
-    round_number, policy = config.get("round"), config.get("policy")
-    if set(config) != {"round", "policy"} or type(round_number) is not int or type(policy) is not str:
+    if {name: type(value) for name, value in config.items()} != fields:
         raise MalformedError("SCHEMA")
+    return record, dict(config)
+
+
+def _arrays(record: ArrayRecord, slots: Sequence[Slot]) -> Arrays:
     if list(record) != [slot.name for slot in slots]:
         raise MalformedError("KEYS")
     arrays = {slot.name: _read(record[slot.name], slot) for slot in slots}
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise MalformedError("NOT_FINITE")
-    return arrays, round_number, policy
+    return arrays
 
 
 def _read(array: Array, slot: Slot) -> np.ndarray:
@@ -120,11 +188,3 @@ def refusal_code(message: Message) -> str | None:
     record = message.content[REFUSAL]
     code = record.get("code") if isinstance(record, ConfigRecord) else None
     return code if isinstance(code, str) and code in REFUSALS else "INTERNAL"
-
-
-def _pack(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
-
-
-def _config(round_number: int, policy_sha256: str) -> ConfigRecord:
-    return ConfigRecord({"round": round_number, "policy": policy_sha256})

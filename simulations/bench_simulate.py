@@ -48,7 +48,7 @@ _ROUNDS_OF_ECHO = 3
 _ECHO_VALUES = 2000  # 8 kB, what a LoRA of the demo weighs
 
 
-def bench_simulate(*, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
+def measure(*, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
     """Measure a simulation of MovieLens 100k.
 
     Args:
@@ -163,7 +163,7 @@ def _ask(campaign: Campaign, clients: list[int], devices: int) -> float:
     """CPU-seconds of one round of some devices: the real app over the real engine, all messages serialised."""
     grid = InlineGrid(client_app, devices=devices, run_config={"campaigns": str(campaign.folder.parent)})
     arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
-    request = wire.pack_request(arrays, round_number=1, policy_sha256=campaign.policy.sha256)
+    request = wire.pack_request(wire.pack_arrays(arrays), round_number=1, policy_sha256=campaign.policy.sha256)
     node_at = {seat: node for node, seat in grid.seats.items()}
     began = time.process_time()
     messages = [Message(request, dst_node_id=node_at[client], message_type="train") for client in clients]
@@ -226,7 +226,7 @@ def echo(message: Message, context: Context) -> Message:
 
 def _measure_engines(devices: int, *, quiet: bool) -> tuple[dict[str, Any], dict[str, float]]:
     """Milliseconds an engine takes for one request and its reply of 8 kB, and seconds until it is up."""
-    content = wire.pack_request({"a": np.zeros(_ECHO_VALUES, np.float32)}, round_number=1, policy_sha256="0" * 64)
+    content = wire.pack_reply({"a": np.zeros(_ECHO_VALUES, np.float32)}, round_number=1, policy_sha256="0" * 64)
     found: dict[str, list[float]] = {"inline": [], "ray": []}
     up: dict[str, float] = {}
 

@@ -26,8 +26,8 @@ from shared.errors import CampaignError
 from shared.features import compute_features
 from shared.head import Head, RatingHead
 from shared.model import Base
-from shared.noise import seeded_generator
-from shared.policy import Policy, make_policy
+from shared.noise import Randomness, SecureRandomness, SeededRandomness
+from shared.policy import make_policy
 from shared.progress import progress
 from shared.tasks import Scores
 
@@ -53,7 +53,7 @@ class AllLayers(nn.Module):
         return prediction
 
 
-def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
+def measure(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
     """Measure a training step on the records of an average device of MovieLens 100k.
 
     Args:
@@ -72,9 +72,11 @@ def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
     counts = np.array([len(user.fit) for user in dataset.users])
     records = dataset.users[int(np.argmin(abs(counts - counts.mean())))].fit
     variants: dict[str, Callable[[], float]] = {
-        "cached_last_block": _ours(scenario, base, dataset, records, blocks=1, trust="local"),
+        "cached_last_block": _ours(scenario, base, dataset, records, blocks=1),
         "cached_last_block_nonprivate": _ours(scenario, base, dataset, records, blocks=1, trust="none"),
-        "linear_head": _ours(scenario, base, dataset, records, blocks=0, trust="local"),
+        "linear_head": _ours(scenario, base, dataset, records, blocks=0),
+        "cached_last_block_secure": _ours(scenario, base, dataset, records, blocks=1, randomness=SecureRandomness()),
+        "linear_head_secure": _ours(scenario, base, dataset, records, blocks=0, randomness=SecureRandomness()),
         "opacus_all_layers": _opacus(scenario, base, dataset, records),
     }
     differences = compare_answers(scenario, base, dataset, records)
@@ -88,6 +90,8 @@ def bench_step(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
             bar.update(1)
     pairs = {
         "dp_over_nonprivate": ("cached_last_block", "cached_last_block_nonprivate"),
+        "secure_over_seeded_cached_last_block": ("cached_last_block_secure", "cached_last_block"),
+        "secure_over_seeded_linear_head": ("linear_head_secure", "linear_head"),
         "opacus_all_layers_over_cached_last_block": ("opacus_all_layers", "cached_last_block"),
         "opacus_all_layers_over_linear_head": ("opacus_all_layers", "linear_head"),
     }
@@ -117,11 +121,28 @@ def _with(scenario: Scenario, *, blocks: int, trust: str) -> Scenario:
     return scenario.model_copy(update={"model": model, "privacy": privacy})
 
 
+class _Silent:
+    """No noise and every record, so that answers can be compared."""
+
+    def bernoulli(self, probability: float, count: int) -> np.ndarray:
+        del probability
+        return np.ones(count, dtype=bool)
+
+    def gaussian_integers(self, count: int) -> np.ndarray:
+        return np.zeros(count, dtype=np.int64)
+
+
 class _Prepared:
     """A head at a start where LoRA has gradients, with policy, features and targets of the device."""
 
     def __init__(
-        self, scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Record, ...], *, silent: bool = False
+        self,
+        scenario: Scenario,
+        base: Base,
+        dataset: Dataset,
+        records: tuple[Record, ...],
+        *,
+        randomness: Randomness | None = None,
     ) -> None:
         blocks = base.head_blocks(scenario.model.head_blocks)
         self.head = RatingHead(base, scenario)
@@ -142,7 +163,8 @@ class _Prepared:
             start=self.public_start,
             public_texts=dataset.public_texts,
         )
-        self.policy: Policy = policy.model_copy(update={"noise_multiplier": 0.0} if silent else {})
+        self.policy = policy
+        self._randomness = randomness or SeededRandomness(seed=0, campaign="bench", device=0, round_number=1)
         features = (
             texts.of(records)
             if texts
@@ -160,15 +182,22 @@ class _Prepared:
             self.targets,
             policy=self.policy.model_copy(update={"steps": steps}),
             micro_batch=1024,
-            sampling=seeded_generator(seed=0, purpose="sampling", device=0, round_number=1),
-            noise=seeded_generator(seed=0, purpose="noise", device=0, round_number=1),
+            randomness=self._randomness,
         )
 
 
 def _ours(
-    scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Record, ...], *, blocks: int, trust: str
+    scenario: Scenario,
+    base: Base,
+    dataset: Dataset,
+    records: tuple[Record, ...],
+    *,
+    blocks: int,
+    trust: str = "local",
+    randomness: Randomness | None = None,
 ) -> Callable[[], float]:
-    prepared = _Prepared(_with(scenario, blocks=blocks, trust=trust), base, dataset, records)
+    scenario = _with(scenario, blocks=blocks, trust=trust)
+    prepared = _Prepared(scenario, base, dataset, records, randomness=randomness)
     module = make_trainable(prepared.head, prepared.policy)
 
     def run() -> float:
@@ -223,15 +252,19 @@ def _plain_step(
 
 def compare_answers(scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Record, ...]) -> dict[str, float]:
     """Relative distance of answers that must agree, without noise: ours and Opacus', ours with and without privacy."""
-    everything = _Prepared(_with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, silent=True)
+    everything = _Prepared(
+        _with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, randomness=_Silent()
+    )
     ours = everything.train(make_trainable(everything.head, everything.policy), steps=1)
-    again = _Prepared(_with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, silent=True)
+    again = _Prepared(
+        _with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, randomness=_Silent()
+    )
     _plain_step(again, base, records, noise_multiplier=0.0)()
     plain = {name: after - again.start[name] for name, after in read_shared(again.head).items()}
-    loose = scenario.model_copy(update={"privacy": scenario.privacy.model_copy(update={"clip_norm": 1e6})})
+    loose = scenario.model_copy(update={"privacy": scenario.privacy.model_copy(update={"clip_norm": 100.0})})
     updates = []
     for trust in ("local", "none"):
-        prepared = _Prepared(_with(loose, blocks=1, trust=trust), base, dataset, records, silent=True)
+        prepared = _Prepared(_with(loose, blocks=1, trust=trust), base, dataset, records, randomness=_Silent())
         load_start(prepared.head, prepared.public_start)
         updates.append(prepared.train(make_trainable(prepared.head, prepared.policy), steps=1))
     found = {

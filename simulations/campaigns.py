@@ -15,7 +15,7 @@ from client.site import TextFeatures, open_site
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
 from shared import wire
-from shared.accounting import Claim, Mechanism, epsilon_by_participation, no_claim, record_claim
+from shared.accounting import Claim, epsilon_by_participation, no_claim, record_claim
 from shared.adapter import Arrays, load_start, make_start, shared_slots
 from shared.campaign import Campaign, Resumed, read_campaign, write_campaign, write_resumed
 from shared.config import Scenario
@@ -56,23 +56,18 @@ class Plan:
         """What the campaign spends, in words and numbers."""
         if self.policy.delta is None:
             return no_claim(max_participations=self.policy.max_participations)
-        return record_claim(mechanism_of(self.policy), delta=self.policy.delta)
+        return record_claim(self.policy.mechanism, delta=self.policy.delta)
 
     def bytes_per_client_round(self) -> tuple[int, int]:
         """Bytes a device receives and sends in one round."""
-        arrays = {slot.name: self.start[slot.name] for slot in self.policy.array_slots()}
-        content = wire.pack_request(arrays, round_number=1, policy_sha256=self.policy.sha256)
-        return round_trip_bytes(content, content)
+        return bytes_per_client_round(self.policy, self.start)
 
 
-def mechanism_of(policy: Policy) -> Mechanism:
-    """What one device releases under a policy."""
-    return Mechanism(
-        noise_multiplier=policy.noise_multiplier,
-        sampling_rate=policy.sampling_rate,
-        steps=policy.steps,
-        max_participations=policy.max_participations,
-    )
+def bytes_per_client_round(policy: Policy, start: Arrays) -> tuple[int, int]:
+    """Bytes a device receives and sends in one round."""
+    arrays = {slot.name: start[slot.name] for slot in policy.array_slots()}
+    request = wire.pack_request(wire.pack_arrays(arrays), round_number=1, policy_sha256=policy.sha256)
+    return round_trip_bytes(request, wire.pack_reply(arrays, round_number=1, policy_sha256=policy.sha256))
 
 
 @dataclass(frozen=True)
@@ -188,7 +183,7 @@ class _Watch:
     def __init__(self, opened: Opened, observer: Observer, journal: Journal, *, devices: int) -> None:
         self._plan, self._observer, self._journal, self._devices = opened.plan, observer, journal, devices
         policy = self._plan.policy
-        self._spent = epsilon_by_participation(mechanism_of(policy), delta=policy.delta) if policy.delta else None
+        self._spent = epsilon_by_participation(policy.mechanism, delta=policy.delta) if policy.delta else None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._written: list[Future[None]] = []
 

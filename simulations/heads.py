@@ -5,14 +5,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import platformdirs
-import torch
 
 from client.export import export_base, export_head
-from shared.adapter import load_shared, read_start
+from client.private_head import head_logits, language_parts, rating_parts
+from shared.adapter import load_shared
 from shared.datasets import Dataset
-from shared.head import CausalHead
 from shared.model import Base
 from shared.progress import progress
 from simulations.campaigns import Result
@@ -69,8 +67,6 @@ def _export_ratings(
             cache=platformdirs.user_cache_path("sottovoce") / "onnx",
         )
         bar.update(1)
-        load_shared(head, result.last.arrays)
-        shared_weight, shared_bias = head.output_layer()
         heads = []
         for user in users:
             private = observer.private_output(result.last.arrays, user)
@@ -79,9 +75,7 @@ def _export_ratings(
             written = export_head(
                 target,
                 base_folder=folder / "base",
-                head=head,
-                output_weight=(shared_weight + private.weight).astype("float32"),
-                output_bias=shared_bias + private.bias,
+                **rating_parts(head, private),
                 user=name,
                 privacy={"claim": result.plan.claim.sentence(), "policy_sha256": result.plan.policy.sha256},
                 probe_texts=probes,
@@ -112,7 +106,7 @@ def _export_language(
             template=scenario.task.template,
             max_tokens=base.positions,
             probe_texts=probes,
-            logits=lambda token_ids: _logits(None, base, token_ids),
+            logits=lambda token_ids: head_logits(None, base, token_ids),
             cache=platformdirs.user_cache_path("sottovoce") / "onnx",
         )
         bar.update(1)
@@ -123,10 +117,7 @@ def _export_language(
             written = export_lm_head(
                 target,
                 base_folder=folder / "base",
-                base_sha256=base.sha256,
-                lora={name: array for name, array in read_start(head).items() if "lora_" in name},
-                scaling=scenario.adapter.scaling,
-                logits=lambda token_ids: _logits(head, base, token_ids),
+                **language_parts(head, base, scenario),
                 user=name,
                 privacy={"claim": result.plan.claim.sentence(), "policy_sha256": result.plan.policy.sha256},
                 probe_texts=probes,
@@ -135,24 +126,6 @@ def _export_language(
             heads.append(_entry(target, name, written))
             bar.update(1)
     return {"heads": heads, "heads_base": _base_entry(folder / "base", manifest)}
-
-
-@torch.inference_mode()
-def _logits(head: CausalHead | None, base: Base, token_ids: np.ndarray) -> np.ndarray:
-    """Logits (1, T, V) of token ids (1, T) in torch, through the head or the bare base."""
-    ids = torch.from_numpy(token_ids).to(base.device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    blocks = len(head.blocks) if head else base.num_blocks
-    hidden = base.backbone(ids, mask, head_blocks=blocks)
-    if head:
-        states = head.states(hidden, mask)
-    else:
-        for block in base.family.blocks(base.model):
-            hidden = base.family.run(base.model, block, hidden, mask)
-        states = base.family.finish(base.model, hidden)
-    weight = base.family.vocabulary(base.model)
-    logits: np.ndarray = (states @ weight.T).cpu().numpy()  # type: ignore[union-attr]
-    return logits
 
 
 def _entry(folder: Path, user: str, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from client.personalize import PrivateOutput, personal_method
+from client.personalize import PrivateOutput, fit_output, personal_method, text_predictions
 from client.site import TextFeatures
-from shared.adapter import Arrays, load_shared, load_start, read_start
+from shared.adapter import Arrays, load_start, read_start
 from shared.config import PersonalConfig, Scenario, TaskConfig
 from shared.datasets import Dataset
 from shared.head import Head, RatingHead, pooled_features
@@ -165,10 +165,7 @@ class RatingObserver:
 
     def text_predictions(self, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
         """Pooled features (M, d) and shared predictions (M,) of every distinct text."""
-        load_shared(self.head, arrays)
-        features = pooled_features(self.head, self._texts.all)
-        weight, bias = self.head.output_layer()
-        return features, features.astype(np.float64) @ weight + bias
+        return text_predictions(self.head, arrays, self._texts.all)
 
     def public_mean(self) -> np.ndarray:
         """Public centre (d,) of the pooled features."""
@@ -180,12 +177,8 @@ class RatingObserver:
         features, shared = self.text_predictions(arrays)
         rows = self.train.of(user)
         text = self.train.text[rows]
-        return personal_method(self._scenario.personal.method)(
-            features[text],
-            self.train.target[rows] - shared[text],
-            mean=self.public_mean(),
-            personal=self._scenario.personal,
-        )
+        targets = self.train.target[rows]
+        return fit_output(self.head, features[text], shared[text], targets, personal=self._scenario.personal)
 
 
 def make_observer(

@@ -1,11 +1,11 @@
 """The observer of task ``generation``: how likely held-out responses are, with and without private parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from client.personalize import check_task, personal_method
+from client.personalize import check_task, fit_lora
 from client.site import TextFeatures
 from client.train import micro_batches
 from shared.adapter import Arrays, load_shared, load_start, read_shared, read_start
@@ -38,7 +38,6 @@ class LanguageObserver:
         self._start = read_shared(head)
         self._public = read_start(head)
         check_task(scenario.personal.method, scenario.task.name)
-        self._adapt = cast(Callable[..., Arrays], personal_method(scenario.personal.method).adapt)
         self._test_users = np.array([i for i, user in enumerate(dataset.users) for _ in user.test], dtype=np.int64)
 
     @property
@@ -75,7 +74,7 @@ class LanguageObserver:
         """The LoRA of one user, fine-tuned from shared arrays on all of the user's training rows."""
         records = self._dataset.users[user].train
         order = seeded_generator(seed=self._scenario.seed, purpose="fine-tuning", device=user, round_number=0)
-        return self._adapt(
+        return fit_lora(
             self.head,
             arrays,
             self._texts.of(records),

@@ -13,7 +13,7 @@ from shared.config import Scenario
 from shared.datasets import Dataset
 from shared.metrics import Interval
 from shared.progress import track
-from simulations.campaigns import Plan, Result, mechanism_of
+from simulations.campaigns import Plan, Result
 from simulations.folder import write_json
 
 SCHEMA = 2
@@ -69,7 +69,7 @@ def score_run(
             name: {"better": each.better, "description": each.description} for name, each in observer.metrics.items()
         },
         "claim": main.plan.claim.sentence(),
-        "stamps": ["tuning: not covered", *_price_together(results)],
+        "stamps": [*_stamp_noise(main.plan), "tuning: not covered", *_price_together(results)],
         "seeds": scenario.seeds(),
         "rows": {
             name: {metric: asdict(mean_over_seeds([s[metric] for s in each])) for metric in each[0]}
@@ -130,12 +130,17 @@ def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
     return {"value": mean, "low": mean - half, "high": mean + half, "values": list(values)}
 
 
+def _stamp_noise(plan: Plan) -> list[str]:
+    """Whoever has the run folder can subtract seeded noise."""
+    return ["noise: seeded"] if plan.claim.noise == "seeded" else []
+
+
 def _price_together(results: Sequence[Result]) -> list[str]:
     """Each campaign's claim is its own; whoever ran all of them on the same records would have spent more."""
     policies = [result.plan.policy for result in results]
     if len(policies) < 2 or policies[0].delta is None:
         return []
-    together = epsilon_together([mechanism_of(policy) for policy in policies], delta=policies[0].delta)
+    together = epsilon_together([policy.mechanism for policy in policies], delta=policies[0].delta)
     names = " and ".join(result.plan.folder for result in results)
     return [f"each campaign is priced alone; {names} on the same records would together spend ε = {together:.2f}"]
 

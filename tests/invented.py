@@ -111,7 +111,7 @@ def invented_run(
         "claim": f"A deployment with these settings would spend ε = {epsilon:g} at δ = 1e-5 per record and device."
         if epsilon is not None
         else "NOT PRIVATE: no noise is added.",
-        "stamps": ["tuning: not covered"],
+        "stamps": ["noise: seeded", "tuning: not covered"],
         "rows": rows,
         "differences": {
             f"personal - {row}": {metric: interval(values["personal"] - value, 0.004)}

@@ -8,10 +8,10 @@ import torch
 from client.train import make_trainable, train_shared
 from shared.adapter import load_start, make_start, read_shared, shared_parameters, shared_slots
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
-from shared.errors import RefusedError
+from shared.errors import PrivacyError, RefusedError
 from shared.features import Features, compute_features
 from shared.head import RatingHead
-from shared.noise import seeded_generator
+from shared.noise import GRID_SIGMA, SeededRandomness
 from shared.policy import Policy
 from shared.tasks import Scores
 
@@ -24,16 +24,30 @@ def make_head(base, *, blocks=1, method="ffa-lora"):
     return RatingHead(base, Scenario(name="tiny", model=model, adapter=ADAPTER, federation=federation))
 
 
+class Silent:
+    """Every record and no noise: what is left of a step is its clipped sum."""
+
+    def bernoulli(self, probability, count):
+        return np.ones(count, dtype=bool)
+
+    def gaussian_integers(self, count):
+        return np.zeros(count, dtype=np.int64)
+
+
 def make_policy(head, **changes):
     settings = {
         "protocol": 1, "campaign": "c", "trust": "local", "unit": "record", "relation": "add-or-remove-one",
-        "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 0.0, "sampling_rate": 1.0, "steps": 1,
+        "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 2.0, "sampling_rate": 1.0, "steps": 1,
         "denominator": 4.0, "max_participations": 5, "max_update_norm": 1e9, "learning_rate": 0.7, "rounds": 5,
         "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "fine-tune", "head_blocks": 1,
-        "head_sha256": "h", "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
+        "settings_sha256": "h", "base_sha256": "b",
+            "technique": "lora", "reply_fields": ("arrays", "config.policy", "config.round"), "start_sha256": "s", "public_texts_sha256": "p",
         "slots": tuple((slot.name, slot.shape) for slot in shared_slots(head)),
     }  # fmt: skip
-    return Policy(**(settings | changes))
+    settings |= changes
+    if settings["clip_norm"]:
+        settings.setdefault("grid", settings["noise_multiplier"] * settings["clip_norm"] / GRID_SIGMA)
+    return Policy(**({"grid": None} | settings))
 
 
 class Setting:
@@ -52,7 +66,7 @@ class Setting:
         self.start = read_shared(self.head)
         self.targets = torch.tensor([1.0 + i % 5 for i in range(len(texts))])
 
-    def update(self, policy, *, features=None, targets=None, micro_batch=1024, seed=0):
+    def update(self, policy, *, features=None, targets=None, micro_batch=1024, randomness=None):
         features = self.features if features is None else features
         targets = self.targets if targets is None else targets
         head = make_head(self.base, blocks=self.blocks, method=self.method)
@@ -64,8 +78,7 @@ class Setting:
             Scores(targets.tolist()),
             policy=policy,
             micro_batch=micro_batch,
-            sampling=seeded_generator(seed=seed, purpose="sampling", device=0, round_number=1),
-            noise=seeded_generator(seed=seed, purpose="noise", device=0, round_number=1),
+            randomness=randomness or Silent(),
         )
 
     def policy(self, **changes):
@@ -133,10 +146,14 @@ def test_it_does_not_matter_when_gradients_are_clipped(setting, monkeypatch):
     np.testing.assert_allclose(flat(setting.update(policy, micro_batch=40)), together, rtol=1e-4, atol=1e-6)
 
 
-def noise_of(setting, policy, **arguments):
+def seeded(seed):
+    return SeededRandomness(seed=seed, campaign="c", device=0, round_number=1)
+
+
+def noise_of(setting, policy, *, seed, **arguments):
     """Noise of one update in units of the policy's scale for a single step."""
-    silent = policy.model_copy(update={"noise_multiplier": 0.0})
-    difference = flat(setting.update(policy, **arguments)) - flat(setting.update(silent, **arguments))
+    noised = setting.update(policy, randomness=seeded(seed), **arguments)
+    difference = flat(noised) - flat(setting.update(policy, **arguments))
     return difference / (policy.learning_rate / policy.denominator * policy.clip_norm * policy.noise_multiplier)
 
 
@@ -163,7 +180,7 @@ def test_every_one_of_the_steps_is_noised_even_without_a_record(setting):
 
 def test_noise_differs_between_seeds_and_repeats_with_one(setting):
     policy = setting.policy(noise_multiplier=1.0)
-    first, again, other = (flat(setting.update(policy, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (flat(setting.update(policy, randomness=seeded(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.corrcoef(first, other)[0, 1] < 0.5
 
@@ -191,9 +208,16 @@ def test_a_record_with_a_nan_contributes_nothing(setting):
     np.testing.assert_allclose(flat(found), flat(wanted), rtol=1e-4, atol=1e-6)
 
 
-def test_an_infinite_noise_stops_the_device(setting):
+def test_a_noised_state_that_is_not_finite_stops_the_device(setting):
     with pytest.raises(RefusedError, match="NOT_FINITE"):
-        setting.update(setting.policy(noise_multiplier=1e300))
+        setting.update(setting.policy(learning_rate=1e39), randomness=seeded(0))
+
+
+@pytest.mark.parametrize("change", [{"grid": 1e-9}, {"grid": None}, {"noise_multiplier": 1e6}])
+def test_a_grid_that_does_not_carry_the_priced_noise_is_refused(setting, change):
+    policy = setting.policy(noise_multiplier=1.7).model_copy(update=change)
+    with pytest.raises(PrivacyError, match=r"grid must be|visible on its grid"):
+        setting.update(policy)
 
 
 def test_what_is_sent_is_cut_at_the_public_bound(setting):
@@ -214,12 +238,12 @@ def test_poisson_draws_are_independent_bernoulli(setting):
 
     rate, count, trials = 0.3, 40, 4000
     drawn = np.zeros((trials, count))
-    generator = seeded_generator(seed=5, purpose="sampling", device=1, round_number=1)
+    randomness = seeded(5)
     for trial in drawn:
-        trial[_draw(count, rate, generator)] = 1
+        trial[_draw(count, rate, randomness)] = 1
     sizes = drawn.sum(1)
     assert abs(drawn.mean() - rate) < 5 * (rate * (1 - rate) / drawn.size) ** 0.5
     assert sizes.var() == pytest.approx(count * rate * (1 - rate), rel=0.1)
     pairs = np.corrcoef(drawn.T)[np.triu_indices(count, 1)]
     assert abs(pairs).max() < 5 / trials**0.5
-    np.testing.assert_array_equal(_draw(count, 1.0, generator), np.arange(count))
+    np.testing.assert_array_equal(_draw(count, 1.0, randomness), np.arange(count))

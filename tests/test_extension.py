@@ -19,7 +19,7 @@ from shared.errors import AssetError, CampaignError, DataError, PrivacyError, Sc
 from shared.lora import inject
 from shared.metrics import METRICS, score_row
 from shared.model import load_base
-from shared.policy import Policy, check_compatible, check_extensions, extensions, read_policy
+from shared.policy import Policy, check_compatible, check_extensions, choices, extensions, read_policy
 from shared.registry import KINDS
 from simulations.run import simulate
 
@@ -123,14 +123,14 @@ def test_a_personal_method_that_does_not_declare_itself_unread_is_refused(instal
     code = f"from client.personalize import PersonalMethod, fit_none as fit\nmine = {declared}\n"
     install_package("ext", code, {"personal_methods": {"mine": "mine"}})
     with pytest.raises(PrivacyError, match=r"'mine' .* not private at unit 'record'.*\['none', 'fine-tune'\]"):
-        check_compatible(named())
-    check_compatible(named(privacy={"trust": "none"}))
+        check_compatible(choices(named()))
+    check_compatible(choices(named(privacy={"trust": "none"})))
 
 
 def test_a_personal_method_that_cannot_be_imported_is_not_taken_for_private(install_package):
     install_package("ext", "raise ImportError('gone')", {"personal_methods": {"mine": "mine"}})
     with pytest.raises(ScenarioError, match=r"ext 1\.2 cannot be imported"):
-        check_compatible(named())
+        check_compatible(choices(named()))
 
 
 def test_the_personal_method_of_the_document_by_hand(my_package):

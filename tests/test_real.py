@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.config import load_scenario
-from simulations.bench_step import bench_step
+from simulations.bench_step import measure
 from simulations.run import simulate
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def test_the_heads_answer_as_torch_does(short_run):
 
 @pytest.mark.timeout(300)
 def test_the_bench_compares_equal_answers():
-    measured = bench_step(rounds=1, quiet=True)
+    measured = measure(rounds=1, quiet=True)
     assert set(measured["ratios"]) == {
         "dp_over_nonprivate",
         "opacus_all_layers_over_cached_last_block",

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
@@ -17,6 +18,7 @@ from shared.accounting import (
     calibrate_noise,
     epsilon,
     epsilon_by_participation,
+    grid_excess,
     no_claim,
     record_claim,
 )
@@ -290,3 +292,31 @@ def test_claim_of_a_mechanism_states_its_price():
 def test_contradictory_claims_are_refused(changed):
     with pytest.raises(PrivacyError, match="A claim must have"):
         replace(CLAIM, **changed)
+
+
+@pytest.mark.parametrize(("sensitivity", "releases"), [(40, 1), (40, 12), (100, 3), (13, 40)])
+def test_discrete_noise_costs_what_its_own_distribution_says(sensitivity, releases):
+    """In one dimension dp-accounting knows the discrete Gaussian itself; our bound lies on it, and never below."""
+    sigma, delta = 200, 1e-5
+    distribution = privacy_loss_distribution.from_discrete_gaussian_mechanism(
+        sigma, sensitivity=sensitivity, value_discretization_interval=1e-4
+    )
+    exact = distribution.self_compose(releases).get_epsilon_for_delta(delta)
+    discrete = replace(mechanism(sigma / sensitivity, steps=1, rounds=releases), coordinates=1, grid_sigma=sigma)
+    excess = grid_excess(discrete, epsilon=exact, delta=delta)
+    assert 0 < excess < 0.02
+    assert exact * (1 - 1e-3) <= epsilon(discrete, delta=delta) <= exact * (1 + 1e-3) + excess
+
+
+def test_a_fine_grid_costs_next_to_nothing_and_a_coarse_one_is_not_priced():
+    plain = mechanism(3.0, steps=1, rounds=20)
+    fine = replace(plain, coordinates=100_000, grid_sigma=2**24)
+    assert 0 < epsilon(fine, delta=1e-5) - epsilon(plain, delta=1e-5) < 2e-4
+    assert grid_excess(fine, epsilon=8.0, delta=1e-5) < 1e-6
+    assert epsilon(replace(fine, grid_sigma=2**8), delta=1e-5) == math.inf
+    grid = {"coordinates": 100_000, "grid_sigma": 2**24}
+    noise = calibrate_noise(epsilon=2.0, delta=1e-5, sampling_rate=1.0, steps=1, max_participations=20, **grid)
+    assert epsilon(replace(fine, noise_multiplier=noise), delta=1e-5) <= 2.0
+    for wrong in ({"coordinates": -1}, {"coordinates": 1.5}, {"grid_sigma": 0.5}, {"grid_sigma": NAN}):
+        with pytest.raises(PrivacyError, match="coordinates must be a whole number"):
+            replace(fine, **wrong)

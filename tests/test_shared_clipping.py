@@ -7,11 +7,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared.clipping import clipped_sum
+from shared.clipping import clipped_sum as clipped_integers
 
-ROUNDING = 1e-6  # float32, relative to the sum
+FINE = 2.0**-26  # of the clip norm: the grid of these tests, unless they say otherwise
 DENORMAL = 1e-42
 SHAPES = [(2, 3), (4,), ()]
+
+
+def clipped_sum(per_sample: list[torch.Tensor], *, clip_norm: float, grid: float | None = None) -> list[torch.Tensor]:
+    """The sum in gradient units, which float64 holds exactly."""
+    grid = clip_norm * FINE if grid is None else grid
+    return [total.double() * grid for total in clipped_integers(per_sample, clip_norm=clip_norm, grid=grid)]
 
 
 def joint_norm(tensors: list[torch.Tensor]) -> float:
@@ -56,8 +62,7 @@ def test_equals_the_loop(clip_norm):
     for fast, slow in zip(
         clipped_sum(per_sample, clip_norm=clip_norm), slow_clipped_sum(per_sample, clip_norm), strict=True
     ):
-        assert fast.dtype == torch.float32
-        torch.testing.assert_close(fast.double(), slow, rtol=2e-5, atol=2e-5 * clip_norm)
+        torch.testing.assert_close(fast, slow, rtol=2e-5, atol=2e-5 * clip_norm)
 
 
 ENTRY = st.one_of(
@@ -88,10 +93,28 @@ def test_one_sample_moves_the_sum_by_at_most_the_bound(added, clip_norm, count, 
     alone = clipped_sum(sample, clip_norm=clip_norm)
     moved = joint_norm([b.double() - a.double() for a, b in zip(without, together, strict=True)])
     assert joint_norm(alone) <= clip_norm
-    assert moved <= clip_norm * (1 + ROUNDING * (count + 1))
+    assert moved <= clip_norm  # exactly: integers are summed
     if not all(map(math.isfinite, added)):
         assert joint_norm(alone) == 0
-        assert moved <= clip_norm * ROUNDING * (count + 1)
+        assert moved == 0
+
+
+def test_rounding_cannot_carry_a_sample_past_the_bound():
+    """On a coarse grid many coordinates round up at once; clipping to C and then rounding would exceed C."""
+    generator, past = torch.Generator().manual_seed(0), []
+    for _ in range(40):
+        sample = torch.rand(1, 64, generator=generator) + 0.5
+        [total] = clipped_integers([sample], clip_norm=1.0, grid=2**-6)
+        assert total.dtype == torch.int64
+        assert float(total.double().norm()) * 2**-6 <= 1.0
+        past.append(float((sample / sample.norm() * 2**6).round().norm()) * 2**-6 > 1.0)
+    assert sum(past) > 10
+
+
+@pytest.mark.parametrize("grid", [0.0, -1.0, math.nan, math.inf, 0.5])
+def test_a_grid_too_coarse_to_say_anything_is_refused(grid):
+    with pytest.raises(ValueError, match="grid must be > 0 and so fine"):
+        clipped_integers([torch.ones(2, 16)], clip_norm=1.0, grid=grid)
 
 
 @pytest.mark.parametrize("size", [20_000, 1_000_000])
@@ -102,18 +125,16 @@ def test_long_vectors_do_not_slip_past_the_bound(size):
         assert 1 - 3e-5 <= joint_norm(clipped_sum([sample], clip_norm=1.0)) <= 1
 
 
-def test_half_precision_neither_overflows_nor_stays_half():
+def test_half_precision_does_not_overflow():
     big = torch.full((2, 3), 60_000.0, dtype=torch.float16)  # the norm is beyond float16
     [total] = clipped_sum([big], clip_norm=1.0)
-    assert total.dtype == torch.float32
     assert total.tolist() == pytest.approx([2 / math.sqrt(3)] * 3, rel=2e-5)
     [brain] = clipped_sum([torch.full((1, 4), 1e30, dtype=torch.bfloat16)], clip_norm=1.0)
     assert brain.tolist() == pytest.approx([0.5] * 4, rel=2e-5)
 
 
-def test_double_precision_stays_double_and_may_exceed_float32():
+def test_double_precision_may_exceed_float32():
     [total] = clipped_sum([torch.tensor([[3e30, 4e30], [0.0, 1e-5]], dtype=torch.float64)], clip_norm=1.0)
-    assert total.dtype == torch.float64
     assert total.tolist() == pytest.approx([0.6, 0.80001], rel=2e-5)
     [total] = clipped_sum([torch.tensor([[1e200], [0.25]], dtype=torch.float64)], clip_norm=1.0)
     assert total.tolist() == [0.25]  # beyond any scaling: counts as zero

@@ -16,7 +16,7 @@ from shared.errors import ScenarioError
 from shared.features import Features, compute_hidden
 from shared.head import CausalHead, make_head
 from shared.model import load_base
-from shared.noise import seeded_generator
+from shared.noise import GRID_SIGMA
 from shared.policy import Policy
 from shared.tasks import IGNORE, Labels, encode_dialogues
 
@@ -44,6 +44,16 @@ def llama(tiny, tmp_path_factory):
     return load_base(tiny.tiny_llama(tmp_path_factory.mktemp("llama"), layers=3))
 
 
+class Silent:
+    """Every record and no noise."""
+
+    def bernoulli(self, probability, count):
+        return np.ones(count, dtype=bool)
+
+    def gaussian_integers(self, count):
+        return np.zeros(count, dtype=np.int64)
+
+
 class Setting:
     """A head away from its start, with features and labels of the pairs."""
 
@@ -69,13 +79,15 @@ class Setting:
         load_start(head, self.public)
         constants = {
             "protocol": 1, "campaign": "c", "trust": "local", "unit": "record", "relation": "add-or-remove-one",
-            "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 0.0, "sampling_rate": 1.0, "steps": 1,
+            "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 2.0, "sampling_rate": 1.0, "steps": 1,
             "denominator": 4.0, "max_participations": 5, "max_update_norm": 1e9, "learning_rate": 0.7, "rounds": 5,
             "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "none", "head_blocks": 1,
-            "head_sha256": "h", "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
+            "settings_sha256": "h", "base_sha256": "b",
+            "technique": "lora", "reply_fields": ("arrays", "config.policy", "config.round"), "start_sha256": "s", "public_texts_sha256": "p",
             "slots": tuple((slot.name, slot.shape) for slot in shared_slots(head)),
         }  # fmt: skip
-        policy = Policy(**(constants | changes))
+        constants |= changes
+        policy = Policy(**constants, grid=constants["noise_multiplier"] * constants["clip_norm"] / GRID_SIGMA)
         update = train_shared(
             make_trainable(head, policy),
             self.start,
@@ -83,8 +95,7 @@ class Setting:
             Labels([self.encoded.labels[row] for row in rows]),
             policy=policy,
             micro_batch=micro_batch,
-            sampling=seeded_generator(seed=0, purpose="sampling", device=0, round_number=1),
-            noise=seeded_generator(seed=0, purpose="noise", device=0, round_number=1),
+            randomness=Silent(),
         )
         return np.concatenate([array.ravel() for array in update.values()]).astype(np.float64)
 

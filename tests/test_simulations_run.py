@@ -23,6 +23,7 @@ from shared.campaign import Resumed, read_campaign, write_campaign, write_resume
 from shared.config import load_scenario
 from shared.errors import CampaignError, PrivacyError, ScenarioError
 from shared.flower import InlineGrid, run_inline, seats
+from shared.policy import hash_settings
 from simulations.campaigns import FATAL, plan_campaigns
 from simulations.dry_run import describe, lines
 from simulations.run import simulate
@@ -103,6 +104,8 @@ def test_the_run_folder_holds_what_the_documentation_says(run):
     assert summary["cost"]["client_rounds"] == 3 * 4
     assert summary["privacy"]["epsilon"] <= 8.0
     assert summary["privacy"]["noise"] == "seeded"
+    assert "noise: seeded" in summary["stamps"]
+    assert "it protects nobody" in (out / "report.html").read_text(encoding="utf-8")
     lines_ = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines_ if line["campaign"] == "lora"] == [0, 1, 2, 3]
     epsilons = [line["epsilon"] for line in lines_ if line["campaign"] == "lora"]
@@ -203,7 +206,11 @@ def answer(campaign, *, device=0, node_config=None, context=None, **changes):
     if node_config is not None:
         grid._contexts[1000 + device].node_config.clear()
         grid._contexts[1000 + device].node_config.update(node_config)
-    message = Message(wire.pack_request(arrays, **(request | changes)), dst_node_id=1000 + device, message_type="train")
+    message = Message(
+        wire.pack_request(wire.pack_arrays(arrays), **(request | changes)),
+        dst_node_id=1000 + device,
+        message_type="train",
+    )
     [reply] = grid.send_and_receive([message])
     return wire.refusal_code(reply), grid
 
@@ -212,10 +219,10 @@ def update_of(campaign, *, device):
     """Code and arrays of one device's answer to the first round."""
     grid = InlineGrid(client_app, devices=12, run_config=config_of(campaign))
     arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
-    request = wire.pack_request(arrays, round_number=1, policy_sha256=campaign.policy.sha256)
+    request = wire.pack_request(wire.pack_arrays(arrays), round_number=1, policy_sha256=campaign.policy.sha256)
     [reply] = grid.send_and_receive([Message(request, dst_node_id=1000 + device, message_type="train")])
     code = wire.refusal_code(reply)
-    return code, None if code else wire.unpack(reply.content, campaign.policy.array_slots())[0]
+    return code, None if code else wire.unpack_reply(reply.content, campaign.policy.array_slots())[0]
 
 
 def test_a_device_refuses_what_the_policy_does_not_say(campaign):
@@ -253,8 +260,8 @@ def test_a_device_of_a_resumed_simulation_remembers_what_it_spent(campaign):
 def test_outside_a_simulation_no_device_trains(campaign):
     published = campaign()
     real = {"partition-id": 0, "num-partitions": 12}
-    assert answer(published, node_config=real)[0] == "NOT_A_SIMULATION"
-    assert answer(published, node_config=real | {"simulation": "true"})[0] == "NOT_A_SIMULATION"
+    assert answer(published, node_config=real)[0] == "NO_HOME"
+    assert answer(published, node_config=real | {"simulation": "true"})[0] == "NO_HOME"
 
 
 def test_what_goes_wrong_on_a_device_leaves_it_as_a_code_without_its_text(campaign, monkeypatch, caplog):
@@ -306,8 +313,8 @@ def test_a_device_certifies_the_price_itself(campaign, change):
 def test_nothing_is_read_before_the_round_is_spent(campaign, monkeypatch):
     published = campaign()
     order = []
-    monkeypatch.setattr("client.app._spend", lambda *_: order.append("spend"))
-    monkeypatch.setattr("client.app.open_site", lambda *where: order.append("read") or open_site(*where))
+    monkeypatch.setattr("client.device.SimulatedDevice.spend", lambda *_: order.append("spend"))
+    monkeypatch.setattr("client.device.open_site", lambda *where: order.append("read") or open_site(*where))
     answer(published)
     assert order == ["spend", "read"]
 
@@ -340,15 +347,20 @@ def test_an_altered_start_is_noticed(campaign):
     [("privacy", "trust", "none"), ("personal", "method", "none"), ("federation", "method", "fedavg")],
 )
 def test_a_scenario_that_says_otherwise_than_its_policy_is_refused(campaign, table, key, value):
-    """Rule P1 is checked on the scenario: one that says trust "none" would switch the check off."""
+    """Also by whoever publishes it, hash and all: what runs are the scenario's methods, what is priced the policy's."""
     published = campaign(name=f"altered-{key}-{value}")
     path = published.folder / "scenario.json"
     settings = read_json(path)
     settings[table][key] = value
     path.write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(CampaignError, match="must name methods, trust and unit of the policy"):
+    with pytest.raises(CampaignError, match="must hold the settings the policy names"):
         read_campaign(published.folder)
     assert answer(published)[0] == "POLICY"
+    policy = published.policy.model_copy(update={"settings_sha256": hash_settings(load_scenario(path))})
+    (published.folder / "policy.json").write_text(policy.model_dump_json(), encoding="utf-8")
+    with pytest.raises(CampaignError, match="must name methods, trust and unit of the policy"):
+        read_campaign(published.folder)
+    assert answer(published, policy_sha256=policy.sha256)[0] == "POLICY"
 
 
 @pytest.mark.parametrize(
