@@ -1,5 +1,7 @@
 """What an export writes and a device reads: folders with a manifest, and files known by hash.
 
+A head is read from its folder or from memory, where a device keeps no personal file in plain: ``Files`` is either.
+
 Every byte used is read once, hashed and used from memory, so a file changed on disk later changes nothing. Whatever
 does not fit is refused: a damaged adapter never becomes an unpersonalised answer. Hashes bind files to manifests and an
 adapter to its base; they detect damage and mix-ups, not an attacker who may rewrite the manifests as well.
@@ -43,6 +45,7 @@ _MAX_FILE_BYTES = 2**31 - 1  # an ONNX file cannot be larger
 
 Arrays = Mapping[str, np.ndarray]
 Shape = tuple[int | str, ...]  # a string is a rank that the adapter chooses
+Files = Path | Mapping[str, bytes]  # a folder, or its files by name, as a device has them that keeps none in plain
 
 
 def manifest_id(manifest: Mapping[str, Any], *decisive: str) -> str:
@@ -51,18 +54,35 @@ def manifest_id(manifest: Mapping[str, Any], *decisive: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
+def place_of(files: Files) -> Path:
+    """What messages call the files."""
+    return files if isinstance(files, Path) else Path("head in memory")
+
+
+def base_folder(files: Files, base: Path | None) -> Path:
+    """The base that is named, or the one beside the head's folder.
+
+    Raises:
+        HeadError: None is named and the head lies in no folder.
+    """
+    if base is not None:
+        return base
+    if not isinstance(files, Path):
+        raise HeadError("base must be named for a head in memory, got none; give the folder of its base.")
+    return files / DEFAULT_BASE
+
+
+def read_manifest(files: Files, *kinds: str) -> dict[str, Any]:
     """The manifest of a folder, which must be of the first kind or one of the others.
 
     Raises:
         HeadError: There is none, it cannot be read, or it is of another kind.
     """
-    path = folder / MANIFEST
+    path = place_of(files) / MANIFEST
     what, option, _ = KINDS[kinds[0]]
-    if not path.is_file():
-        raise HeadError(f"{folder} must hold {what}, but has no {MANIFEST}; name its folder with {option}.")
-    with path.open("rb") as file:
-        content = file.read(_MAX_MANIFEST_BYTES + 1)
+    content = _read(files, MANIFEST, _MAX_MANIFEST_BYTES + 1)
+    if content is None:
+        raise HeadError(f"{place_of(files)} must hold {what}, but has no {MANIFEST}; name its folder with {option}.")
     if len(content) > _MAX_MANIFEST_BYTES:
         raise damaged(path, f"it must be at most {_MAX_MANIFEST_BYTES} bytes")
     try:
@@ -78,8 +98,9 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def read_file(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
+def read_file(files: Files, manifest: Mapping[str, Any], name: str) -> bytes:
     """The file's bytes, once they are known to be those the manifest names."""
+    folder = place_of(files)
     try:
         size, sha256 = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
     except (KeyError, TypeError):
@@ -87,10 +108,9 @@ def read_file(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     if type(size) is not int or not 0 < size <= _MAX_FILE_BYTES:
         raise damaged(folder / MANIFEST, f"the size of {name} must be between 1 and {_MAX_FILE_BYTES}, got {size!r}")
     path = folder / name
-    if not path.is_file():
+    content = _read(files, name, size + 1)
+    if content is None:
         raise HeadError(f"{path} must exist, as {MANIFEST} names it; export it again.")
-    with path.open("rb") as file:
-        content = file.read(size + 1)
     found = hashlib.sha256(content).hexdigest()
     if len(content) != size or found != sha256:
         raise HeadError(
@@ -99,6 +119,18 @@ def read_file(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
             "export or copy it again."
         )
     return content
+
+
+def _read(files: Files, name: str, limit: int) -> bytes | None:
+    """At most so many bytes of a file; None where there is none."""
+    if not isinstance(files, Path):
+        content = files.get(name)
+        return None if content is None else bytes(content[:limit])
+    path = files / name
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(limit)
 
 
 def check_binding(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, str]) -> None:
@@ -195,13 +227,28 @@ def distinct(probe_texts: Sequence[str]) -> list[str]:
 
 def describe_files(folder: Path, *names: str) -> dict[str, Any]:
     """Size and hash of files, as manifests list them."""
-    contents = {name: (folder / name).read_bytes() for name in names}
+    return describe_contents({name: (folder / name).read_bytes() for name in names})
+
+
+def describe_contents(contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """Size and hash of files in memory, as manifests list them."""
     return {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
+
+
+def manifest_bytes(value: Mapping[str, Any]) -> bytes:
+    """A manifest as a file holds it."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a manifest."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(manifest_bytes(value))
+
+
+def write_head(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a head in plain, where a simulation or a test wants them."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 @contextlib.contextmanager

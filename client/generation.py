@@ -15,15 +15,17 @@ import onnxruntime
 
 from client.artifact import (
     ADAPTER,
-    DEFAULT_BASE,
     MANIFEST,
     Arrays,
+    Files,
+    base_folder,
     check_binding,
     check_listed,
     check_slots,
     damaged,
     lora_differs,
     parse_adapter,
+    place_of,
     read_file,
     read_manifest,
 )
@@ -163,11 +165,11 @@ class Generator:
             yield rest
 
 
-def open_generator(folder: Path, *, base: Path | LanguageBase | None = None, threads: int = 1) -> Generator:
+def open_generator(folder: Files, *, base: Path | LanguageBase | None = None, threads: int = 1) -> Generator:
     """Open a personal language head, or a base alone, checking everything before the first token.
 
     Args:
-        folder: Holds the user's adapter and its manifest; or the base itself.
+        folder: Holds the user's adapter and its manifest; or these files themselves, by name; or the base itself.
         base: Folder of the head's base, or an opened one; by default the sibling ``base`` of ``folder``.
         threads: Of a base that is opened here.
 
@@ -178,25 +180,27 @@ def open_generator(folder: Path, *, base: Path | LanguageBase | None = None, thr
     Guarantee:
         What runs are the bytes whose hashes were checked, and a head never answers as the base without its adapter.
     """
-    manifest = read_manifest(folder, "lm-adapter", "lm-base")
+    in_folder = isinstance(folder, Path)  # a base is too large to be read from anywhere else
+    manifest = read_manifest(folder, "lm-adapter", *(["lm-base"] if in_folder else []))
+    place = place_of(folder)
     if manifest["kind"] == "lm-base":
         if base is not None:
-            raise HeadError(f"{folder} must be a head when a base is named, got a base; leave one of them out.")
-        opened = open_lm_base(folder, threads=threads)
+            raise HeadError(f"{place} must be a head when a base is named, got a base; leave one of them out.")
+        opened = open_lm_base(place, threads=threads)
         return Generator(None, opened, {}, manifest)
     content = read_file(folder, manifest, ADAPTER)
     if not isinstance(base, LanguageBase):
-        base = open_lm_base(folder / DEFAULT_BASE if base is None else base, threads=threads)
+        base = open_lm_base(base_folder(folder, base), threads=threads)
     found = {"id": base.id, "model_sha256": base.model_sha256, "base_sha256": base.base_sha256}
-    check_binding(folder, manifest, found)
-    adapter = parse_adapter(folder / ADAPTER, content)
-    check_listed(folder, manifest, adapter)
-    check_slots(folder, adapter, base.slots)
+    check_binding(place, manifest, found)
+    adapter = parse_adapter(place / ADAPTER, content)
+    check_listed(place, manifest, adapter)
+    check_slots(place, adapter, base.slots)
     user = manifest.get("user")
     if not isinstance(user, str):
-        raise damaged(folder / MANIFEST, f"user must be a string, got {user!r}")
+        raise damaged(place / MANIFEST, f"user must be a string, got {user!r}")
     generator = Generator(user, base, adapter, manifest)
-    check_known_answer(folder, generator)
+    check_known_answer(place, generator)
     return generator
 
 

@@ -17,12 +17,13 @@ from tokenizers import Tokenizer
 
 from client.artifact import (
     ADAPTER,
-    DEFAULT_BASE,
     MANIFEST,
     MODEL,
     TOKENIZER,
     Arrays,
+    Files,
     Shape,
+    base_folder,
     check_binding,
     check_listed,
     check_slots,
@@ -30,6 +31,7 @@ from client.artifact import (
     manifest_id,
     parse_adapter,
     parse_shape,
+    place_of,
     read_file,
     read_manifest,
 )
@@ -90,11 +92,11 @@ class PersonalHead:
         return self.base.run(texts, adapter=self.adapter)[1]
 
 
-def open_head(folder: Path, *, base: Path | FleetBase | None = None, threads: int = 1) -> PersonalHead:
+def open_head(folder: Files, *, base: Path | FleetBase | None = None, threads: int = 1) -> PersonalHead:
     """Open a personal head, checking everything before the first prediction.
 
     Args:
-        folder: Holds the user's adapter and its manifest.
+        folder: Holds the user's adapter and its manifest; or these files themselves, by name.
         base: Folder of the fleet's base, or an opened one; by default the sibling ``base`` of ``folder``.
         threads: Of a base that is opened here; see ``open_base``.
 
@@ -107,16 +109,17 @@ def open_head(folder: Path, *, base: Path | FleetBase | None = None, threads: in
     """
     manifest = read_manifest(folder, "adapter")
     content = read_file(folder, manifest, ADAPTER)
+    place = place_of(folder)
     if not isinstance(base, FleetBase):
-        base = open_base(folder / DEFAULT_BASE if base is None else base, threads=threads)
+        base = open_base(base_folder(folder, base), threads=threads)
     found = {"id": base.id, "model_sha256": base.model_sha256, "base_sha256": base.base_sha256}
-    check_binding(folder, manifest, found)
-    adapter = parse_adapter(folder / ADAPTER, content)
-    check_listed(folder, manifest, adapter)
-    check_slots(folder, adapter, base.slots, required=OUTPUT_SLOTS)
+    check_binding(place, manifest, found)
+    adapter = parse_adapter(place / ADAPTER, content)
+    check_listed(place, manifest, adapter)
+    check_slots(place, adapter, base.slots, required=OUTPUT_SLOTS)
     user = manifest.get("user")
     if not isinstance(user, str):
-        raise damaged(folder / MANIFEST, f"user must be a string, got {user!r}")
+        raise damaged(place / MANIFEST, f"user must be a string, got {user!r}")
     return PersonalHead(user=user, base=base, adapter=adapter, manifest=manifest)
 
 
