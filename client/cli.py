@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client.owner_cli import add_parsers, open_owner_home
 from shared.errors import HeadError
 
 if TYPE_CHECKING:
+    from client.artifact import Files
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _PREDICT_EXAMPLE = """\
@@ -34,6 +37,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     """Register ``client`` and its sub-commands; each sets ``handler``, a function of the parsed arguments."""
     client = subparsers.add_parser("client", help="what runs on a device", description="What runs on a device.")
     commands = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_parsers(commands)
     parser = commands.add_parser(
         "predict",
         help="predict with a personal head; needs neither torch nor a network",
@@ -41,8 +45,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         epilog=_PREDICT_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--head", type=Path, required=True, metavar="DIR", help="folder of the user's head")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="folder of the fleet's base (default: HEAD/../base)")
+    _add_head(parser, required=True)
     parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text; may be repeated")
     parser.add_argument("--file", type=Path, metavar="TXT", help="more texts, one a line, in UTF-8")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of one line per text")
@@ -54,8 +57,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         epilog=_GENERATE_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--head", type=Path, metavar="DIR", help="folder of the user's head")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="folder of the fleet's base (default: HEAD/../base)")
+    _add_head(parser, required=False)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, taken as it is")
     prompt.add_argument("--file", type=Path, metavar="TXT", help="a file with the prompt, in UTF-8")
@@ -67,6 +69,23 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: fresh randomness)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer as it comes")
     parser.set_defaults(handler=generate)
+
+
+def _add_head(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    head = parser.add_mutually_exclusive_group(required=required)
+    head.add_argument("--head", type=Path, metavar="DIR", help="folder of the user's head")
+    head.add_argument("--home", type=Path, metavar="DIR", help="the owner's home: use its current private head")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="folder of the fleet's base (default: HEAD/../base)")
+
+
+def _chosen_head(args: argparse.Namespace) -> "Files | None":
+    """The files of the head: those in a folder, or those sealed in a home; None where neither is named."""
+    if args.home is None:
+        head: Path | None = args.head
+        return head
+    if args.base is None:
+        raise HeadError("--home needs --base, the folder of the fleet's base; it was not given.")
+    return open_owner_home(args.home).heads().read()
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -82,11 +101,15 @@ def predict(args: argparse.Namespace) -> int:
     _check_encoding(texts)
     from client.runtime import open_head  # loads onnxruntime, which no other command needs
 
-    head = open_head(args.head, base=args.base)
+    head = open_head(_chosen_head(args) or args.head, base=args.base)
     predictions = head.predict(texts).tolist()
     if args.json:
         rows = [{"text": t, "prediction": round(p, 4)} for t, p in zip(texts, predictions, strict=True)]
-        print(json.dumps({"head": str(args.head), "user": head.user, "predictions": rows}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"head": str(args.head or args.home), "user": head.user, "predictions": rows}, ensure_ascii=False
+            )
+        )
     else:
         for text, prediction in zip(texts, predictions, strict=True):
             print(f"{prediction:.1f}  {text}")
@@ -102,12 +125,13 @@ def generate(args: argparse.Namespace) -> int:
     """
     prompt = _read_file(args.file) if args.prompt is None else args.prompt
     _check_encoding([prompt])
-    folder = args.base if args.head is None else args.head
+    head = _chosen_head(args)
+    folder = args.base if head is None else head
     if folder is None:
-        raise HeadError("a head or a base must be named, got neither; add --head DIR or --base DIR.")
+        raise HeadError("a head or a base must be named, got neither; add --head DIR, --home DIR or --base DIR.")
     from client.generation import open_generator  # loads onnxruntime, which no other command needs
 
-    generator = open_generator(folder, base=None if args.head is None else args.base)
+    generator = open_generator(folder, base=None if head is None else args.base)
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -117,7 +141,11 @@ def generate(args: argparse.Namespace) -> int:
     if args.json:
         found = generator.generate(prompt, **settings)
         answer = {"prompt": prompt, "text": found.text, "token_ids": found.token_ids, "stopped": found.stopped}
-        print(json.dumps({"head": str(folder), "user": generator.user, **answer}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"head": str(args.head or args.home or args.base), "user": generator.user, **answer}, ensure_ascii=False
+            )
+        )
     else:
         for piece in generator.stream(prompt, **settings):
             print(piece, end="", flush=True)

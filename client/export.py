@@ -26,10 +26,13 @@ from client.artifact import (
     PERSONAL_NOTE,
     SCHEMA,
     TOKENIZER,
+    describe_contents,
     describe_files,
     distinct,
     lora_differs,
+    manifest_bytes,
     new_folder,
+    write_head,
     write_json,
 )
 from client.graph import build_graph, graph_key, list_slots, slot_layers
@@ -114,6 +117,72 @@ def export_base(
     return manifest
 
 
+def build_head(
+    *,
+    base_folder: Path,
+    head: RatingHead,
+    output_weight: np.ndarray,
+    output_bias: float,
+    user: str,
+    privacy: Mapping[str, object],
+    probe_texts: Sequence[str],
+    created: datetime,
+) -> dict[str, bytes]:
+    """Make one user's adapter for an exported base, and prove that the device computes what torch does.
+
+    Args:
+        base_folder: What ``export_base`` wrote for this head's base, with slots for its blocks and targets.
+        head: Holds the LoRA; its output layer is not read.
+        output_weight: (d,); prediction = pooled features @ weight + bias, before clipping.
+        output_bias: The bias.
+        user: The user's id, written to the manifest.
+        privacy: The claim that belongs to the head's shared part, written as given.
+        probe_texts: At least 16 different texts; they are compared and not written.
+        created: Time of the export, written to the manifest.
+
+    Returns:
+        The files of the head by name; nothing of them has been on disk.
+
+    Raises:
+        HeadError: The base does not fit the head, the predictions differ from torch's by more than
+            ``TOLERANCE``, or the adapter has no effect although its tensors say otherwise.
+
+    Guarantee:
+        The device's own runtime, reading these very bytes, agrees with torch on every probe text.
+    """
+    probes = distinct(probe_texts)
+    fleet = open_base(base_folder)
+    tensors = _adapter_tensors(head, output_weight, output_bias)
+    lora = {name: array for name, array in tensors.items() if name not in OUTPUT_SLOTS}
+    content = save(tensors)
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "adapter",
+        "user": user,
+        "created": created.isoformat(timespec="seconds"),
+        "personal_data": PERSONAL_NOTE,
+        "base": {
+            "id": fleet.id,
+            "model_sha256": fleet.model_sha256,
+            "base_sha256": head.base[0].sha256,
+            "folder": DEFAULT_BASE,
+        },
+        "files": describe_contents({ADAPTER: content}),
+        "rank": max((array.shape[1] for name, array in lora.items() if name.endswith(".A")), default=0),
+        "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
+        "privacy": dict(privacy),
+    }
+    personal = open_head({ADAPTER: content, MANIFEST: manifest_bytes(manifest)}, base=fleet)
+    predictions = personal.raw(probes)
+    difference = _compare(predictions, _torch_predictions(head, base_folder, probes, output_weight, output_bias))
+    without_lora = {name: tensors[name] for name in OUTPUT_SLOTS}
+    _check_active(predictions, fleet.run(probes)[1], active=_output_differs(tensors, head.centre), what="head")
+    pooled, bare = (fleet.run(probes, adapter=part)[0] for part in (tensors, without_lora))
+    _check_active(pooled, bare, active=lora_differs(lora), what="LoRA")
+    manifest["parity"] = {"n_probes": len(probes), "max_abs": difference, "tolerance": TOLERANCE}
+    return {ADAPTER: content, MANIFEST: manifest_bytes(manifest)}
+
+
 def export_head(
     folder: Path,
     *,
@@ -126,64 +195,30 @@ def export_head(
     probe_texts: Sequence[str],
     created: datetime,
 ) -> dict[str, Any]:
-    """Write one user's adapter for an exported base, and prove that the device computes what torch does.
+    """Write the head that ``build_head`` makes of the same arguments, in plain, into a folder.
 
     Args:
         folder: Replaced as a whole at the end, or left as it was; the base's sibling by convention.
-        base_folder: What ``export_base`` wrote for this head's base, with slots for its blocks and targets.
-        head: Holds the LoRA; its output layer is not read.
-        output_weight: (d,); prediction = pooled features @ weight + bias, before clipping.
-        output_bias: The bias.
-        user: The user's id, written to the manifest.
-        privacy: The claim that belongs to the head's shared part, written as given.
-        probe_texts: At least 16 different texts; they are compared and not written.
-        created: Time of the export, written to the manifest.
 
     Returns:
         The manifest as written.
 
     Raises:
-        HeadError: The base does not fit the head, the predictions differ from torch's by more than
-            ``TOLERANCE``, or the adapter has no effect although its tensors say otherwise. The folder is left
-            as it was.
-
-    Guarantee:
-        The device's own runtime, reading the written files, agrees with torch on every probe text.
+        HeadError: As ``build_head``, or the folder holds something else. The folder is left as it was.
     """
-    probes = distinct(probe_texts)
-    fleet = open_base(base_folder)
-    tensors = _adapter_tensors(head, output_weight, output_bias)
-    lora = {name: array for name, array in tensors.items() if name not in OUTPUT_SLOTS}
     with new_folder(folder) as new:
-        (new / ADAPTER).write_bytes(save(tensors))
-        manifest: dict[str, Any] = {
-            "schema": SCHEMA,
-            "kind": "adapter",
-            "user": user,
-            "created": created.isoformat(timespec="seconds"),
-            "personal_data": PERSONAL_NOTE,
-            "base": {
-                "id": fleet.id,
-                "model_sha256": fleet.model_sha256,
-                "base_sha256": head.base[0].sha256,
-                "folder": DEFAULT_BASE,
-            },
-            "files": describe_files(new, ADAPTER),
-            "rank": max((array.shape[1] for name, array in lora.items() if name.endswith(".A")), default=0),
-            "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
-            "privacy": dict(privacy),
-        }
-        write_json(new / MANIFEST, manifest)
-        personal = open_head(new, base=fleet)
-        predictions = personal.raw(probes)
-        difference = _compare(predictions, _torch_predictions(head, base_folder, probes, output_weight, output_bias))
-        without_lora = {name: tensors[name] for name in OUTPUT_SLOTS}
-        _check_active(predictions, fleet.run(probes)[1], active=_output_differs(tensors, head.centre), what="head")
-        pooled, bare = (fleet.run(probes, adapter=part)[0] for part in (tensors, without_lora))
-        _check_active(pooled, bare, active=lora_differs(lora), what="LoRA")
-        manifest["parity"] = {"n_probes": len(probes), "max_abs": difference, "tolerance": TOLERANCE}
-        write_json(new / MANIFEST, manifest)
-    return manifest
+        files = build_head(
+            base_folder=base_folder,
+            head=head,
+            output_weight=output_weight,
+            output_bias=output_bias,
+            user=user,
+            privacy=privacy,
+            probe_texts=probe_texts,
+            created=created,
+        )
+        write_head(new, files)
+    return dict(json.loads(files[MANIFEST]))
 
 
 def _torch_predictions(

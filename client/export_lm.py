@@ -5,6 +5,7 @@ its place before the device's own runtime has run it, from the written files, an
 probe texts, on a greedy answer through the key-value cache, and on the known answer that each device will repeat.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -22,10 +23,13 @@ from client.artifact import (
     PERSONAL_NOTE,
     SCHEMA,
     TOKENIZER,
+    describe_contents,
     describe_files,
     distinct,
     lora_differs,
+    manifest_bytes,
     new_folder,
+    write_head,
     write_json,
 )
 from client.generation import MAX_TOLERANCE, Generator, open_generator
@@ -119,6 +123,68 @@ def export_lm_base(
     return manifest
 
 
+def build_lm_head(
+    *,
+    base_folder: Path | LanguageBase,
+    base_sha256: str,
+    lora: Mapping[str, np.ndarray],
+    scaling: float,
+    logits: Logits,
+    user: str,
+    privacy: Mapping[str, object],
+    probe_texts: Sequence[str],
+    created: datetime,
+) -> dict[str, bytes]:
+    """Make one user's adapter for an exported language model, and prove that the device computes what torch does.
+
+    Args:
+        base_folder: What ``export_lm_base`` wrote, or that opened, which many exports can share.
+        base_sha256: Hash of the frozen base the adapter was trained on.
+        lora: Wire name (``block.<n>.<target>.lora_A`` (r, K) and ``.lora_B`` (N, r)) -> float32 array.
+        scaling: The factor of B @ A in training.
+        logits: The reference in torch, with this adapter.
+        user: The user's id, written to the manifest.
+        privacy: The claim that belongs to the head's shared part, written as given.
+        probe_texts: At least 16 different texts; they are compared and not written.
+        created: Time of the export, written to the manifest.
+
+    Returns:
+        The files of the head by name; nothing of them has been on disk.
+
+    Raises:
+        HeadError: The base does not fit the adapter, logits or greedy answers differ from torch's, or the adapter has
+            no effect although its tensors say otherwise.
+
+    Guarantee:
+        The device's own runtime, reading these very bytes, agrees with torch on every probe text.
+    """
+    probes = distinct(probe_texts)
+    base = base_folder if isinstance(base_folder, LanguageBase) else open_lm_base(base_folder)
+    tensors = slot_tensors(lora, scaling=scaling)
+    content = save(tensors)
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "lm-adapter",
+        "user": user,
+        "created": created.isoformat(timespec="seconds"),
+        "personal_data": PERSONAL_NOTE,
+        "base": {
+            "id": base.id,
+            "model_sha256": base.model_sha256,
+            "base_sha256": base_sha256,
+            "folder": DEFAULT_BASE,
+        },
+        "files": describe_contents({ADAPTER: content}),
+        "rank": max((array.shape[1] for name, array in tensors.items() if name.endswith(".A")), default=0),
+        "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
+        "privacy": dict(privacy),
+        "known_answer": _known_answer(base, tensors, logits),
+    }
+    personal = open_generator({ADAPTER: content, MANIFEST: manifest_bytes(manifest)}, base=base)
+    manifest["parity"] = _compare(personal, logits, probes)
+    return {ADAPTER: content, MANIFEST: manifest_bytes(manifest)}
+
+
 def export_lm_head(
     folder: Path,
     *,
@@ -132,57 +198,31 @@ def export_lm_head(
     probe_texts: Sequence[str],
     created: datetime,
 ) -> dict[str, Any]:
-    """Write one user's adapter for an exported language model, and prove that the device computes what torch does.
+    """Write the head that ``build_lm_head`` makes of the same arguments, in plain, into a folder.
 
     Args:
         folder: Replaced as a whole at the end, or left as it was; the base's sibling by convention.
-        base_folder: What ``export_lm_base`` wrote, or that opened, which many exports can share.
-        base_sha256: Hash of the frozen base the adapter was trained on.
-        lora: Wire name (``block.<n>.<target>.lora_A`` (r, K) and ``.lora_B`` (N, r)) -> float32 array.
-        scaling: The factor of B @ A in training.
-        logits: The reference in torch, with this adapter.
-        user: The user's id, written to the manifest.
-        privacy: The claim that belongs to the head's shared part, written as given.
-        probe_texts: At least 16 different texts; they are compared and not written.
-        created: Time of the export, written to the manifest.
 
     Returns:
         The manifest as written.
 
     Raises:
-        HeadError: The base does not fit the adapter, logits or greedy answers differ from torch's, or the adapter has
-            no effect although its tensors say otherwise. The folder is left as it was.
-
-    Guarantee:
-        The device's own runtime, reading the written files, agrees with torch on every probe text.
+        HeadError: As ``build_lm_head``, or the folder holds something else. The folder is left as it was.
     """
-    probes = distinct(probe_texts)
-    base = base_folder if isinstance(base_folder, LanguageBase) else open_lm_base(base_folder)
-    tensors = slot_tensors(lora, scaling=scaling)
     with new_folder(folder) as new:
-        (new / ADAPTER).write_bytes(save(tensors))
-        manifest: dict[str, Any] = {
-            "schema": SCHEMA,
-            "kind": "lm-adapter",
-            "user": user,
-            "created": created.isoformat(timespec="seconds"),
-            "personal_data": PERSONAL_NOTE,
-            "base": {
-                "id": base.id,
-                "model_sha256": base.model_sha256,
-                "base_sha256": base_sha256,
-                "folder": DEFAULT_BASE,
-            },
-            "files": describe_files(new, ADAPTER),
-            "rank": max((array.shape[1] for name, array in tensors.items() if name.endswith(".A")), default=0),
-            "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
-            "privacy": dict(privacy),
-            "known_answer": _known_answer(base, tensors, logits),
-        }
-        write_json(new / MANIFEST, manifest)
-        manifest["parity"] = _compare(open_generator(new, base=base), logits, probes)
-        write_json(new / MANIFEST, manifest)
-    return manifest
+        files = build_lm_head(
+            base_folder=base_folder,
+            base_sha256=base_sha256,
+            lora=lora,
+            scaling=scaling,
+            logits=logits,
+            user=user,
+            privacy=privacy,
+            probe_texts=probe_texts,
+            created=created,
+        )
+        write_head(new, files)
+    return dict(json.loads(files[MANIFEST]))
 
 
 def slot_tensors(lora: Mapping[str, np.ndarray], *, scaling: float) -> dict[str, np.ndarray]:

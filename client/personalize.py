@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from client.finetune import fine_tune, keep
-from shared.adapter import Arrays
+from shared.adapter import Arrays, load_shared
 from shared.config import PersonalConfig
 from shared.errors import ScenarioError
+from shared.features import Features
+from shared.head import CausalHead, RatingHead, pooled_features
 from shared.registry import lookup
+from shared.tasks import Targets
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,52 @@ class PersonalMethod:
 def _is_finite(values: object, *, shape: tuple[int, ...]) -> bool:
     array = np.asarray(values)
     return array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+
+
+def text_predictions(head: RatingHead, arrays: Arrays, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled features (n, d) and shared predictions (n,) of texts; the head is left with these shared arrays."""
+    load_shared(head, arrays)
+    pooled = pooled_features(head, features)
+    weight, bias = head.output_layer()
+    return pooled, pooled.astype(np.float64) @ weight + bias
+
+
+def fit_output(
+    head: RatingHead, pooled: np.ndarray, shared: np.ndarray, targets: np.ndarray, *, personal: PersonalConfig
+) -> PrivateOutput:
+    """The private output of one user, fitted on all of the user's training rows.
+
+    Args:
+        head: Holds the public centre of the features.
+        pooled: (n, d), with ``shared`` (n,) as ``text_predictions`` gives them.
+        shared: Shared predictions of the rows.
+        targets: (n,) what the user said.
+        personal: The method and its strengths.
+
+    Raises:
+        ScenarioError: See ``PersonalMethod``.
+    """
+    mean: np.ndarray = head.mean.detach().cpu().numpy()
+    return personal_method(personal.method)(pooled, targets - shared, mean=mean, personal=personal)
+
+
+def fit_lora(
+    head: CausalHead,
+    arrays: Arrays,
+    features: Features,
+    targets: Targets,
+    *,
+    personal: PersonalConfig,
+    generator: np.random.Generator,
+) -> Arrays:
+    """The LoRA of one user, fine-tuned from shared arrays on all of the user's training rows; as ``fine_tune``.
+
+    Raises:
+        ScenarioError: The personal method has no form for language models.
+    """
+    check_task(personal.method, "generation")
+    adapt = cast(Callable[..., Arrays], personal_method(personal.method).adapt)
+    return adapt(head, arrays, features, targets, personal=personal, generator=generator)
 
 
 PERSONAL_METHODS: dict[str, PersonalMethod] = {

@@ -1,6 +1,7 @@
 """The command ``sottovoce``: a table of commands, each imported only when it is called."""
 
 import argparse
+import importlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import NoReturn
 import sottovoce
 from client.cli import add_parser as add_client
 from shared.errors import DataError, ScenarioError, SottovoceError
+from sottovoce.policy_cli import add_parser as add_policy
 
 _EPILOG = """\
 first steps:
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_data(commands)
     _add_list(commands)
+    add_policy(commands)
     add_client(commands)
     return parser
 
@@ -223,27 +226,26 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+# What can be measured: times each variant is measured by default, and what it is.
+_BENCHMARKS = {
+    "step": (7, "one local training step: ours, without privacy, with secure noise, and plain Opacus over all layers"),
+    "simulate": (5, "a simulation: ours against the plain way, the engines, a round of everybody"),
+    "ledger": (200, "a device's ledger: the commits of a round on this disk, beside one durable write"),
+    "noise": (11, "a draw of noise: exact and cryptographic, beside the seeded one of simulations"),
+}
+
+
 def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     bench = commands.add_parser("bench", help="measure", description="Measure, after checking that answers agree.")
     kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
-    step = kinds.add_parser(
-        "step",
-        help="one local training step: ours, without privacy, and plain Opacus over all layers",
-        description="Time one local training step in CPU-seconds of one thread, the variants interleaved.",
-    )
-    simulate = kinds.add_parser(
-        "simulate",
-        help="a simulation: ours against the plain way, the engines, a round of everybody",
-        description="Time a simulation against loading, wrapping and training all layers for every client; the cost of "
-        "each engine; and one round of all 943 users.",
-    )
-    for parser, rounds, handler in ((step, 7, _bench_step), (simulate, 5, _bench_simulate)):
+    for kind, (rounds, what) in _BENCHMARKS.items():
+        parser = kinds.add_parser(kind, help=what, description=f"Measure {what}.")
         parser.add_argument(
             "--rounds", type=_at_least_one, default=rounds, help=f"times each variant is measured (default {rounds})"
         )
         parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
         parser.add_argument("--quiet", action="store_true", help="no progress")
-        parser.set_defaults(handler=handler)
+        parser.set_defaults(handler=_bench, kind=kind)
 
 
 def _at_least_one(text: str) -> int:
@@ -252,19 +254,10 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _bench_step(options: argparse.Namespace) -> int:
-    from simulations.bench_step import bench_step, lines
-
-    measured = bench_step(rounds=options.rounds, quiet=options.quiet)
-    print(json.dumps(measured, indent=2) if options.json else "\n".join(lines(measured)))
-    return 0
-
-
-def _bench_simulate(options: argparse.Namespace) -> int:
-    from simulations.bench_simulate import bench_simulate, lines
-
-    measured = bench_simulate(rounds=options.rounds, quiet=options.quiet)
-    print(json.dumps(measured, indent=2) if options.json else "\n".join(lines(measured)))
+def _bench(options: argparse.Namespace) -> int:
+    benchmark = importlib.import_module(f"simulations.bench_{options.kind}")
+    measured = benchmark.measure(rounds=options.rounds, quiet=options.quiet)
+    print(json.dumps(measured, indent=2) if options.json else "\n".join(benchmark.lines(measured)))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,9 +146,102 @@ def _load_tiny():
 
 
 @pytest.fixture(scope="session")
+def ledgers():
+    """The module ``tests/ledgers.py``: ledgers, keystores, clocks and children to kill."""
+    spec = importlib.util.spec_from_file_location("ledgers", Path(__file__).with_name("ledgers.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def invented():
     """The module ``tests/invented.py``: run folders made up by formula."""
     spec = importlib.util.spec_from_file_location("invented", Path(__file__).with_name("invented.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def crash_at_each_step(tmp_path) -> Callable[[Path, str], list[Path]]:
+    """(home, code) -> copies of the home; in the n-th, ``code`` over ``home`` was killed before its n-th step on disk.
+
+    Steps are opened descriptors, flushes, renames and deletions. In the last copy ``code`` ran to its end.
+    """
+
+    def crash(home: Path, code: str) -> list[Path]:
+        copies = tmp_path / "crashed"
+        script = f"""
+import os, shutil, signal, sys
+from pathlib import Path
+import client.sealed_heads, client.store, client.vault
+
+def step(call):
+    def counted(*args, **kwargs):
+        global left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return counted
+
+for n in range(1, 200):
+    home = Path(sys.argv[2]) / f"{{n:03d}}"
+    shutil.copytree(sys.argv[1], home)
+    child = os.fork()
+    if not child:
+        left = n
+        for name in ("open", "fsync", "replace", "rename", "unlink", "rmdir"):
+            setattr(os, name, step(getattr(os, name)))
+        status = 1
+        try:
+            {code.strip().replace(chr(10), chr(10) + " " * 12)}
+            status = 0
+        finally:
+            os._exit(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != -signal.SIGKILL:
+        sys.exit(code)
+"""
+        command = [sys.executable, "-c", script, str(home), str(copies)]
+        root = Path(__file__).parent.parent
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return sorted(copies.iterdir())
+
+    return crash
+
+
+@pytest.fixture(scope="session")
+def homes():
+    """The module ``tests/homes.py``: signed campaigns, owners' homes, and requests to them."""
+    spec = importlib.util.spec_from_file_location("homes", Path(__file__).with_name("homes.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def published(homes, tiny_world, tmp_path_factory):
+    """A signed campaign over the tiny base for all who only read it."""
+    folder = tmp_path_factory.mktemp("published")
+    changes = ("privacy.max_participations=2", "federation.cohort_size=2")
+    return homes.publish(tiny_world(folder), folder, overrides=changes)
+
+
+@pytest.fixture(scope="session")
+def steps():
+    """The module ``tests/steps.py``: real heads, and randomness that is silent, replayed or counted."""
+    spec = importlib.util.spec_from_file_location("steps", Path(__file__).with_name("steps.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_causal(tiny_llama) -> Base:
+    """The base of ``tiny_llama``."""
+    from shared.model import load_base
+
+    return load_base(tiny_llama)

@@ -1,0 +1,234 @@
+"""Whose device a request has reached: one of a simulation, or an owner's. Both are driven by the same few steps.
+
+A simulated device counts its rounds in the memory of the simulation and draws from seeds. An owner's spends them in a
+ledger that outlives crashes, reads encrypted records, and draws from the operating system's generator.
+"""
+
+import hashlib
+import resource
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from flwr.app import ConfigRecord, Context
+from safetensors.numpy import load, save
+
+from client.home import Home, open_home
+from client.ledger import Ledger
+from client.log import note
+from client.site import Workbench, accepted_campaign, open_site, open_workbench
+from client.vault import Vault
+from shared.adapter import Arrays
+from shared.campaign import Campaign, read_resumed
+from shared.errors import RefusedError
+from shared.features import Features, compute_hidden
+from shared.files import write_atomically
+from shared.flower import in_simulation
+from shared.noise import Randomness, SecureRandomness, SeededRandomness
+from shared.tasks import TASKS, Labels, Scores, Targets
+from shared.wire import Request
+
+_STATE = "participation"
+SHARED = "shared.safetensors"  # the newest shared arrays a device was sent; released, so public
+
+
+class Device(Protocol):
+    """The steps of a round on a device, in the order in which they are taken."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Hold off every other process of this device; ``RefusedError`` ``BUSY``."""
+
+    def accepted(self, policy_sha256: str) -> Campaign:
+        """The campaign this device takes part in; see ``accepted_campaign``."""
+
+    def spend(self, campaign: Campaign, request: Request) -> Arrays | None:
+        """Count the round, durably, before a record is read (rule P4); the answer of an earlier, equal request.
+
+        Raises:
+            RefusedError: ``ROUND``, ``BUDGET``, ``CONFLICT``, ``BURNT``, ``CONSENT``, ``PAUSED``.
+            LedgerError: The count cannot be kept.
+        """
+
+    def records(self, campaign: Campaign) -> tuple[Workbench, Features, Targets]:
+        """What to train with, and on; the one step that reads the owner's data."""
+
+    def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
+        """Where the draws of one round come from (rule P6)."""
+
+    def release(self, campaign: Campaign, request: Request, update: Arrays) -> None:
+        """Note what is about to be sent; a repeated request gets these very bytes."""
+
+
+def find_device(context: Context) -> Device:
+    """The device this process plays.
+
+    Raises:
+        RefusedError: ``NO_HOME``: neither a simulation nor a node whose owner named a home in its node config. Nothing
+            a server sends can name one.
+    """
+    if in_simulation(context):
+        return SimulatedDevice(context)
+    folder = context.node_config.get("home")
+    if not isinstance(folder, str):
+        raise RefusedError("NO_HOME")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the owner's text
+    return OwnedDevice(open_home(Path(folder)))
+
+
+class SimulatedDevice:
+    """One of many devices in a process; it lives as long as the simulation."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._seat = int(context.node_config["partition-id"])
+        config = context.run_config
+        folder = Path(str(config["campaigns"])) if "campaigns" in config else Path(str(config["out"])) / "campaigns"
+        self._campaigns = str(folder)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Nobody else plays this device."""
+        return nullcontext()
+
+    def accepted(self, policy_sha256: str) -> Campaign:
+        """A campaign of the simulation."""
+        return accepted_campaign(self._campaigns, policy_sha256)
+
+    def spend(self, campaign: Campaign, request: Request) -> Arrays | None:
+        """Count against ``max_participations``; rounds only go forward, so none is answered twice."""
+        key = f"{_STATE} {campaign.policy.sha256}"
+        state = self._context.state.config_records.get(key) or self._spent_before(campaign)
+        count, last_round = (int(str(state[field])) for field in ("count", "last_round"))
+        if request.round_number <= last_round:
+            raise RefusedError("ROUND")
+        if count >= campaign.policy.max_participations:
+            raise RefusedError("BUDGET")
+        self._context.state[key] = ConfigRecord({"count": count + 1, "last_round": request.round_number})
+        return None
+
+    def records(self, campaign: Campaign) -> tuple[Workbench, Features, Targets]:
+        """The device's rows of the data set."""
+        site = open_site(self._campaigns, campaign.policy.sha256)
+        return site, *site.shared_records(self._seat)
+
+    def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
+        """Streams keyed by seed, campaign, device and round: two campaigns of one seed share no noise."""
+        scenario = campaign.scenario
+        return SeededRandomness(
+            seed=scenario.seed, campaign=scenario.name, device=self._seat, round_number=round_number
+        )
+
+    def release(self, campaign: Campaign, request: Request, update: Arrays) -> None:
+        """Nothing is kept: a simulation that is interrupted runs the round again from the same seeds."""
+
+    def _spent_before(self, campaign: Campaign) -> ConfigRecord:
+        """What a device had spent when its simulation was interrupted; nothing in a new one."""
+        resumed = read_resumed(campaign.folder)
+        if resumed is None:
+            return ConfigRecord({"count": 0, "last_round": 0})
+        return ConfigRecord({"count": resumed.participations.get(self._seat, 0), "last_round": resumed.round_number})
+
+
+class OwnedDevice:
+    """A device with an owner, a home and a ledger."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._ledger: Ledger  # open while alone
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The home's lock, which dies with its holder, and the ledger: a round that a crash left open is burnt."""
+        with self._home.lock(), self._home.ledger(round_running=False) as self._ledger:
+            yield
+
+    def accepted(self, policy_sha256: str) -> Campaign:
+        """A campaign the owner agreed to, certified anew in every process; one without noise is none."""
+        if policy_sha256 not in {standing.consent.policy for standing in self._ledger.consents()}:
+            raise RefusedError("POLICY")
+        campaign = accepted_campaign(str(self._home.folder / "campaigns"), policy_sha256)
+        if campaign.policy.trust == "none":
+            raise RefusedError("POLICY")
+        return campaign
+
+    def spend(self, campaign: Campaign, request: Request) -> Arrays | None:
+        """Spend in the ledger."""
+        payload = self._ledger.spend(
+            policy=campaign.policy.sha256,
+            round_number=request.round_number,
+            request_sha256=request.sha256,
+            answered=request.answered,
+        )
+        _note("spent" if payload is None else "repeated", campaign, request)
+        if payload is None:
+            write_atomically(self._home.campaign_folder(campaign.policy.sha256) / SHARED, save(request.arrays))
+            return None
+        return {slot.name: load(payload)[slot.name] for slot in campaign.policy.array_slots()}
+
+    def records(self, campaign: Campaign) -> tuple[Workbench, Features, Targets]:
+        """Every record in the store, all of them training rows."""
+        bench = _workbench(str(self._home.folder), campaign.policy.sha256)
+        features, targets = read_inputs(self._home, bench)
+        return bench, bench.head.prepare(features) if len(features) else features, targets
+
+    def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
+        """A new key of the operating system for every round."""
+        return SecureRandomness()
+
+    def release(self, campaign: Campaign, request: Request, update: Arrays) -> None:
+        """Note bytes and hash in the ledger before anything is sent."""
+        payload = save(update)
+        self._ledger.release(policy=campaign.policy.sha256, round_number=request.round_number, payload=payload)
+        _note("released", campaign, request)
+
+
+def _note(event: str, campaign: Campaign, request: Request) -> None:
+    note(event, policy=campaign.policy.sha256[:16], round=request.round_number)
+
+
+@lru_cache(maxsize=2)
+def _workbench(home: str, policy_sha256: str) -> Workbench:
+    return open_workbench(accepted_campaign(str(Path(home) / "campaigns"), policy_sha256))
+
+
+def forget_workbenches() -> None:
+    """Load base and heads anew for the next request."""
+    open_site.cache_clear()
+    _workbench.cache_clear()
+
+
+def read_inputs(home: Home, bench: Workbench) -> tuple[Features, Targets]:
+    """Backbone outputs and targets of every record in an owner's store.
+
+    The outputs are as telling as the text: they are kept in the vault, under a hash of what they were computed from.
+    """
+    records = home.records().read()
+    scenario, base = bench.campaign.scenario, bench.base
+    if not records:
+        return Features([]), Scores([])
+    encoded = TASKS[scenario.task.name](base, [record.key for record in records], scenario)
+    targets = Scores([record.target for record in records]) if encoded.labels is None else Labels(encoded.labels)
+    features = _sealed_features(home.vault(), bench, encoded.token_ids)
+    return features, targets
+
+
+def _sealed_features(vault: Vault, bench: Workbench, token_ids: list[list[int]]) -> Features:
+    """Backbone outputs from the vault, or computed and sealed there; only the newest set of a cut is kept."""
+    blocks = len(bench.head.blocks)
+    digest = hashlib.sha256("|".join(",".join(map(str, ids)) for ids in token_ids).encode()).hexdigest()
+    kind = f"features/{bench.base.sha256[:16]}-{blocks}-"
+    name = kind + digest[:32]
+    known = vault.names("features/")
+    if name not in known:
+        computed = compute_hidden(bench.base, token_ids, head_blocks=blocks)
+        arrays = [computed.select([row]).batch([0])[0][0].numpy() for row in range(len(computed))]
+        content = {"values": np.concatenate(arrays), "lengths": computed.lengths}
+        vault.seal(name, save(content))
+        for old in known:
+            if old.startswith(kind):
+                vault.delete(old)
+    content = load(vault.open(name))
+    ends = np.cumsum(content["lengths"])[:-1]
+    return Features(np.split(content["values"], ends))

@@ -1,0 +1,413 @@
+"""What an owner may do with a home: begin, add records, consent, look, pause, roll back. Functions that return data.
+
+Words and parsers are in client/owner_cli.py, deletion is in client/forget.py. Nothing here returns or logs a record's
+text. Needs no more than the base install, but for ``examine_offer`` and ``accept``, which certify a campaign.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from client.home import Clock, Home, create_home, now
+from client.keystore import ANCHOR, CHOICE, LEDGER_KEY, open_keystore
+from client.ledger import Event, Ledger, Standing, Totals
+from client.ledger_events import DamagedError, femto_delta, nano_epsilon
+from client.ledger_schema import is_unused
+from client.private_files import disk_errors
+from client.store import RecordStore
+from client.vault import KEY_FILE, Vault, create_vault
+from shared.datasets.records import Record
+from shared.errors import (
+    CampaignError,
+    LedgerError,
+    PrivacyError,
+    RefusedError,
+    SottovoceError,
+    StoreError,
+)
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from shared.campaign import Campaign
+
+RECOVER = (
+    "Nothing is trained or sent until the owner has run: sottovoce client recover (it forgets nothing that was spent)"
+)
+_MIN_PREFIX = 4
+
+
+@contextlib.contextmanager
+def alone(home: Home) -> Iterator[None]:
+    """Hold the home's lock.
+
+    Raises:
+        StoreError: A round, or another command, holds it.
+    """
+    try:
+        with home.lock():
+            yield
+    except RefusedError as refusal:
+        if refusal.code != "BUSY":
+            raise
+        raise StoreError(
+            f"{home.folder} must be at rest, a round or another command is at work in it; try again in a moment. "
+            "Nothing was changed."
+        ) from None
+
+
+def begin(folder: Path, *, keystore: str, cap_epsilon: float, cap_delta: float, clock: Clock = now) -> Home:
+    """Make a home; see ``create_home``. One that was cut while it was made is finished.
+
+    Raises:
+        StoreError: The folder holds a home or anything else, or the keystore does not work.
+        LedgerError: A cap is impossible, or the keystore remembers a ledger of this home.
+    """
+    check_cap_values(cap_epsilon, cap_delta)
+    folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"--home must name a folder, {folder} is none; name another.")
+    if not (folder / CHOICE).exists() and folder.is_dir() and any(folder.iterdir()):
+        raise StoreError(f"--home must name a new or an empty folder, {folder} holds other files; name another.")
+    if _unfinished(folder):
+        (folder / CHOICE).unlink()
+    elif (folder / CHOICE).exists():
+        raise StoreError(f"{folder} must not hold a home yet, but does; use it, or name another folder with --home.")
+    try:
+        with disk_errors(folder):
+            return create_home(folder, keystore=keystore, cap_epsilon=cap_epsilon, cap_delta=cap_delta, clock=clock)
+    except SottovoceError:
+        if not _remembers(folder):
+            (folder / CHOICE).unlink(missing_ok=True)
+        raise
+
+
+def check_cap_values(cap_epsilon: float, cap_delta: float) -> None:
+    """Raise ``LedgerError`` unless campaigns of some use fit under the caps."""
+    if not (cap_epsilon > 0 and nano_epsilon(cap_epsilon, up=False) > 0):
+        raise LedgerError(f"--cap-epsilon must be above 0, got {cap_epsilon}; 16 is the default.")
+    if not (0 < cap_delta < 1 and femto_delta(cap_delta, up=False) > 0):
+        raise LedgerError(f"--cap-delta must be above 0 and below 1, got {cap_delta}; 1e-4 is the default.")
+
+
+def _unfinished(folder: Path) -> bool:
+    """Whether a crash cut the making of this home before anything could be kept in it."""
+    ledger = folder / "ledger.db"
+    if not (folder / CHOICE).exists() or (folder / "vault").exists():
+        return False
+    return (not ledger.exists() or is_unused(ledger)) and open_keystore(folder).read(ANCHOR) is None
+
+
+def _remembers(folder: Path) -> bool:
+    """Whether the keystore knows a ledger of this home, which ``recover`` then needs."""
+    try:
+        return open_keystore(folder).read(ANCHOR) is not None
+    except StoreError:
+        return False
+
+
+@dataclass(frozen=True)
+class Added:
+    """What ``add`` did: records stored, records left out because the home holds them, records held now."""
+
+    added: int
+    known: int
+    total: int
+
+
+def add(home: Home, records: Sequence[Record]) -> Added:
+    """Put records into the encrypted store, all of them or none; after ``forget`` a new vault is made for them.
+
+    A record is the unit that is hidden, so an equal one is stored once however often it is added.
+
+    Raises:
+        DataError, StoreError: A record or the store cannot be used; nothing is changed.
+    """
+    vault = _vault(home)
+    store = RecordStore(vault)
+    with vault.lock():
+        kept = store.read()
+        fresh = list(dict.fromkeys(record for record in records if record not in set(kept)))
+        store.add(fresh)
+    return Added(len(fresh), len(records) - len(fresh), len(kept) + len(fresh))
+
+
+def _vault(home: Home) -> Vault:
+    folder = home.folder / "vault"
+    if not (folder / KEY_FILE).exists():
+        with alone(home):
+            if not (folder / KEY_FILE).exists():
+                return create_vault(folder, home.keystore)
+    return home.vault()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a campaign asks of an owner, certified on this device.
+
+    Attributes:
+        operator: Fingerprint of the key that signed it.
+        rounds: Of the whole campaign; this device joins at most ``max_participations``.
+        payload_bytes: What leaves the device in one round, as ``history`` counts it.
+        left_epsilon: Of the owner's cap, after this consent.
+        left_delta: Likewise.
+    """
+
+    campaign: str
+    policy: str
+    operator: str
+    task: str
+    unit: str
+    relation: str
+    epsilon: float
+    delta: float
+    rounds: int
+    max_participations: int
+    reply_fields: tuple[str, ...]
+    numbers: int
+    payload_bytes: int
+    extensions: tuple[str, ...]
+    until: date
+    left_epsilon: float
+    left_delta: float
+
+
+def examine_offer(home: Home, folder: Path, *, operator: "Ed25519PublicKey", until: date) -> Offer:
+    """Check a campaign as the device will, and say what it asks; nothing is written.
+
+    Raises:
+        PrivacyError, CampaignError: It is not what it must be; see ``shared.campaign.verify_campaign``.
+        LedgerError: It was consented to before, does not fit under the caps, or ends before today.
+    """
+    from shared.signing import fingerprint
+
+    campaign = _examine(folder, operator)
+    policy = campaign.policy
+    if policy.epsilon is None or policy.delta is None:
+        raise PrivacyError("a private policy must state epsilon and delta; do not take part.")
+    with checked_ledger(home) as ledger:
+        totals, standings = ledger.totals(), ledger.consents()
+    if policy.sha256 in {standing.consent.policy for standing in standings}:
+        raise LedgerError(f"a consent is given once; this campaign, {policy.campaign!r}, has had it. See: status.")
+    today = home.clock().date()
+    if not today <= until:
+        raise LedgerError(f"--until must be today or later, got {until}; today is {today}.")
+    left_epsilon, left_delta = totals.left_epsilon - policy.epsilon, totals.left_delta - policy.delta
+    if not (left_epsilon >= 0 and left_delta >= 0):
+        raise LedgerError(
+            f"a campaign must fit under your caps: {totals.left_epsilon:g} of epsilon {totals.cap_epsilon:g} and "
+            f"{totals.left_delta:g} of delta {totals.cap_delta:g} are left, this one asks for epsilon "
+            f"{policy.epsilon:g} and delta {policy.delta:g}. What was reserved is never given back."
+        )
+    return Offer(
+        campaign=policy.campaign,
+        policy=policy.sha256,
+        operator=fingerprint(operator),
+        task=campaign.scenario.task.name,
+        unit=policy.unit,
+        relation=policy.relation,
+        epsilon=policy.epsilon,
+        delta=policy.delta,
+        rounds=policy.rounds,
+        max_participations=policy.max_participations,
+        reply_fields=policy.reply_fields,
+        numbers=sum(math.prod(shape) for _, shape in policy.slots),
+        payload_bytes=_payload_bytes(campaign),
+        extensions=policy.extensions,
+        until=until,
+        left_epsilon=left_epsilon,
+        left_delta=left_delta,
+    )
+
+
+def _examine(folder: Path, operator: "Ed25519PublicKey") -> "Campaign":
+    from safetensors import SafetensorError
+
+    from shared.campaign import verify_campaign
+
+    try:
+        return verify_campaign(folder, trusted=operator)
+    except (SafetensorError, UnicodeDecodeError):
+        raise CampaignError(f"{folder} must hold a campaign, a file in it is damaged; get it again.") from None
+
+
+def _payload_bytes(campaign: "Campaign") -> int:
+    from safetensors.numpy import save
+
+    return len(save({slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}))
+
+
+def accept(home: Home, folder: Path, *, operator: "Ed25519PublicKey", until: date) -> None:
+    """Give consent; raises as ``client.consent.agree``."""
+    from client.consent import agree
+    from shared.signing import fingerprint
+
+    agree(home, folder, operator=operator, operator_name=fingerprint(operator), until=until)
+
+
+def withdraw(home: Home, prefix: str) -> Standing:
+    """Withdraw the consent to the one campaign whose policy begins with a prefix.
+
+    Raises:
+        LedgerError: None does, or several do, or the ledger cannot be used.
+    """
+    with checked_ledger(home) as ledger:
+        standing = find_consent(ledger.consents(), prefix)
+        ledger.withdraw(standing.consent.policy)
+        return find_consent(ledger.consents(), standing.consent.policy)
+
+
+def find_consent(standings: Sequence[Standing], prefix: str) -> Standing:
+    """The one consent whose policy begins with the prefix; ``LedgerError`` where there is not exactly one."""
+    found = [standing for standing in standings if standing.consent.policy.startswith(prefix.lower())]
+    if len(prefix) < _MIN_PREFIX or len(found) != 1:
+        known = ", ".join(standing.consent.policy[:12] for standing in standings) or "none"
+        raise LedgerError(
+            f"a policy must be named by the first {_MIN_PREFIX} or more digits of one you consented to ({known}), "
+            f"got {prefix!r}."
+        )
+    return found[0]
+
+
+def set_paused(home: Home, paused: bool) -> None:
+    """Pause, or end a pause."""
+    with checked_ledger(home) as ledger:
+        if paused:
+            ledger.pause()
+        else:
+            ledger.resume()
+
+
+def status(home: Home) -> dict[str, Any]:
+    """Everything an owner may want to know of a home; JSON, without any text of a record.
+
+    Raises:
+        LedgerError: The ledger cannot be used; the message says what the owner can do.
+    """
+    with checked_ledger(home) as ledger:
+        totals, standings = ledger.totals(), ledger.consents()
+    store = home.keystore
+    return {
+        "home": str(home.folder),
+        "keys": {"where": store.name, "weak": store.weak, "rollback_detectable": store.detects_rollback},
+        "paused": totals.paused,
+        "epsilon": {"reserved": totals.epsilon, "cap": totals.cap_epsilon, "left": totals.left_epsilon},
+        "delta": {"reserved": totals.delta, "cap": totals.cap_delta, "left": totals.left_delta},
+        "campaigns": [_describe_standing(standing) for standing in standings],
+        "data": _describe_data(home),
+    }
+
+
+def _describe_standing(standing: Standing) -> dict[str, Any]:
+    consent = standing.consent
+    return {
+        "campaign": consent.campaign,
+        "policy": consent.policy,
+        "operator": consent.operator,
+        "state": standing.state,
+        "consented": consent.at,
+        "until": consent.until.isoformat(),
+        "epsilon": consent.epsilon,
+        "delta": consent.delta,
+        "rounds_allowed": consent.max_participations,
+        "rounds_used": standing.spent,
+        "rounds_sent": standing.released,
+        "rounds_burnt": standing.burnt,
+        "rounds_pending": standing.pending,
+        "rounds_lost": standing.lost,
+    }
+
+
+def _describe_data(home: Home) -> dict[str, Any]:
+    """How many records and heads there are; ``problem`` where they cannot be read."""
+    empty: dict[str, Any] = {"records": 0, "heads": [], "current_head": None, "problem": None}
+    if not (home.folder / "vault").exists():
+        return empty
+    try:
+        shelf = home.heads()
+        heads = [version.model_dump() for version in shelf.versions()]
+        return empty | {"records": len(home.records().read()), "heads": heads, "current_head": shelf.current()}
+    except StoreError as error:
+        return empty | {"records": None, "problem": str(error)}
+
+
+def history(home: Home) -> list[dict[str, Any]]:
+    """Every event of the ledger, oldest first: what was consented to, spent and sent, paused, forgotten.
+
+    Raises:
+        LedgerError: As ``status``.
+    """
+    with checked_ledger(home) as ledger:
+        names = {standing.consent.policy: standing.consent.campaign for standing in ledger.consents()}
+        return [_describe_event(event, names.get(event.policy or "")) for event in ledger.history()]
+
+
+def _describe_event(event: Event, campaign: str | None) -> dict[str, Any]:
+    said = {"at": event.at, "event": event.kind}
+    about = {"campaign": campaign, "policy": event.policy, "round": event.round_number}
+    return said | {name: value for name, value in about.items() if value is not None} | dict(event.detail)
+
+
+def roll_back(home: Home, to: int | None) -> tuple[int | None, int]:
+    """Go back to an earlier private head; the numbers of the versions current before and after.
+
+    Raises:
+        StoreError: There is no such version.
+    """
+    if not (home.folder / "vault").exists():
+        raise StoreError(
+            "rollback needs a private head, there is none in this home; run: sottovoce client personalize."
+        )
+    shelf = home.heads()
+    before = shelf.current()
+    return before, shelf.roll_back(to)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A ledger that can be used again, and what is wrong with the data, if anything."""
+
+    totals: Totals
+    ended: tuple[Standing, ...]
+    data_problem: str | None
+
+
+def recover(home: Home, *, cap_epsilon: float, cap_delta: float) -> Recovered:
+    """Go on after a roll-back or the loss of the ledger; see ``Home.recover``.
+
+    Raises:
+        LedgerError: Nothing is wrong, or nobody knows what was spent.
+        StoreError: A round is at work.
+    """
+    check_cap_values(cap_epsilon, cap_delta)
+    with alone(home), home.recover(cap_epsilon=cap_epsilon, cap_delta=cap_delta) as ledger:
+        ended = tuple(standing for standing in ledger.consents() if standing.state == "ended")
+        return Recovered(ledger.totals(), ended, _describe_data(home)["problem"])
+
+
+def checked_ledger(home: Home) -> Ledger:
+    """The home's ledger; where only ``recover`` helps, the error says so.
+
+    Raises:
+        LedgerError: It cannot be used.
+    """
+    try:
+        return home.ledger()
+    except LedgerError as error:
+        if not _recovery_helps(home, error):
+            raise
+        raise LedgerError(f"{error} {RECOVER}.", code=error.code) from error
+
+
+def _recovery_helps(home: Home, error: LedgerError) -> bool:
+    """Whether the ledger is gone, damaged or rolled back, as opposed to busy, and the keystore knows what was spent."""
+    try:
+        known, key = (home.keystore.read(entry) is not None for entry in (ANCHOR, LEDGER_KEY))
+    except StoreError:
+        return False
+    gone = not (home.folder / "ledger.db").exists() or not key
+    return known and (gone or error.code == "ROLLBACK" or isinstance(error, DamagedError))

@@ -1,0 +1,138 @@
+"""Words for what an owner is asked and told; each function makes lines of the data of client/owner.py."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from client.owner import Offer
+
+NOT_DETECTABLE = (
+    "roll-back not detectable: whoever puts an older backup of this home back, by mistake too, puts the keys back with "
+    "it, and the device forgets what it spent since. A server that remembers this device's replies corrects the count."
+)
+CAPS = (
+    "The caps hold for all campaigns together and for ever: epsilon bounds how much better than by guessing anybody "
+    "can tell from all that ever leaves the device whether one record was there (by a factor of at most e^epsilon in "
+    "the odds); delta is the chance left for that to fail. They cannot be raised later."
+)
+
+
+def plain(text: object) -> str:
+    """A text from outside on one line, without what a terminal would act on.
+
+    Example:
+        >>> plain("films" + chr(27) + "[2J")
+        'films\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def key_lines(name: str, *, weak: bool, detects: bool) -> list[str]:
+    """Where the keys are, and whether a restored backup can be noticed."""
+    strength = "weak: whoever reads the home's folder reads the keys, and your records with them" if weak else "strong"
+    rollback = "a restored backup of this home is noticed: the keyring remembers how far the ledger had come"
+    return [f"keys: {plain(name)} ({strength})", rollback if detects else NOT_DETECTABLE]
+
+
+def offer_lines(offer: "Offer") -> list[str]:
+    """What a campaign asks, in plain words."""
+    most = offer.payload_bytes * offer.max_participations
+    return [
+        f"campaign: {plain(offer.campaign)} ({plain(offer.task)}), policy {offer.policy[:12]}",
+        f"signed by key: {offer.operator}",
+        f"hides: one {plain(offer.unit)} ({plain(offer.relation)}); not what many of your records have in common, "
+        "nor that you take part",
+        f"price: epsilon {offer.epsilon:g}, delta {offer.delta:g} for all of it, reserved now and never given back",
+        f"rounds: this device joins at most {offer.max_participations} of {offer.rounds}",
+        f"leaves the device: {', '.join(map(plain, offer.reply_fields))}; {offer.numbers:,} noised numbers, "
+        f"{offer.payload_bytes:,} bytes a round, at most {most:,} in all; no text, no count, no score",
+        *(f"needs an installed package: {plain(extension)}" for extension in offer.extensions),
+        f"until: {offer.until} (UTC)",
+        f"left of your caps afterwards: epsilon {offer.left_epsilon:g}, delta {offer.left_delta:g}",
+    ]
+
+
+def status_lines(found: Mapping[str, Any]) -> list[str]:
+    """The status of a home, in plain words."""
+    keys, epsilon, delta, data = found["keys"], found["epsilon"], found["delta"], found["data"]
+    return [
+        f"home: {found['home']}",
+        "PAUSED: takes part in nothing; sottovoce client resume" if found["paused"] else "not paused",
+        f"spent: epsilon {epsilon['reserved']:g} of {epsilon['cap']:g} and delta {delta['reserved']:g} of "
+        f"{delta['cap']:g} are reserved, for all campaigns and for ever",
+        f"left: epsilon {epsilon['left']:g}, delta {delta['left']:g}",
+        *(line for campaign in found["campaigns"] for line in _campaign_lines(campaign)),
+        *([] if found["campaigns"] else ["campaigns: none was ever agreed to; nothing can leave the device"]),
+        *_data_lines(data),
+        *key_lines(keys["where"], weak=keys["weak"], detects=keys["rollback_detectable"]),
+    ]
+
+
+_STATES = {
+    "in force": "in force",
+    "exhausted": "every round allowed is used",
+    "ended": "ended",
+    "withdrawn": "withdrawn",
+}
+
+
+def _campaign_lines(campaign: Mapping[str, Any]) -> list[str]:
+    others = {
+        "sent": campaign["rounds_sent"],
+        "burnt (spent, nothing sent)": campaign["rounds_burnt"],
+        "at work, or cut by a crash": campaign["rounds_pending"],
+        "lost with an older ledger, counted again": campaign["rounds_lost"],
+    }
+    return [
+        f"campaign {campaign['policy'][:12]} {plain(campaign['campaign'])}: {_STATES[campaign['state']]}, agreed "
+        f"{campaign['consented'][:10]} until {campaign['until']}, signed by {plain(campaign['operator'])}",
+        f"  reserved: epsilon {campaign['epsilon']:g}, delta {campaign['delta']:g}",
+        f"  rounds: {campaign['rounds_used']} of {campaign['rounds_allowed']} used"
+        + "".join(f", {count} {what}" for what, count in others.items() if count),
+    ]
+
+
+def _data_lines(data: Mapping[str, Any]) -> list[str]:
+    if data["problem"]:
+        return ["records and private heads: cannot be read"]
+    records = f"records: {data['records']}, encrypted" if data["records"] else "records: none"
+    if not data["heads"]:
+        return [records, "private heads: none"]
+    return [records, f"private heads: {len(data['heads'])} versions, current {data['current_head']}"]
+
+
+def history_lines(events: list[dict[str, Any]]) -> list[str]:
+    """The history of a home, in plain words; a round is named when it ends."""
+    ended = {(event["policy"], event["round"]) for event in events if event["event"] in ("release", "burn")}
+    return [
+        f"{event['at']}  {_event_words(event)}"
+        for event in events
+        if event["event"] != "spend" or (event["policy"], event["round"]) not in ended
+    ]
+
+
+def _event_words(event: Mapping[str, Any]) -> str:
+    name = plain(event.get("campaign", ""))
+    match event["event"]:
+        case "release":
+            size = f"{event['size_bytes']:,} bytes"
+            return f"left the device: {name}, round {event['round']}, {size}, sha256 {event['sha256']}"
+        case "burn":
+            return f"burnt: {name}, round {event['round']}: spent, and nothing left the device"
+        case "spend":
+            return f"spent: {name}, round {event['round']}: at work, or cut by a crash"
+        case "consent":
+            until = f"until {event['until']}, {event['max_participations']} rounds"
+            return f"agreed: {name}, epsilon {event['epsilon']:g}, delta {event['delta']:g}, {until}"
+        case "withdraw":
+            return f"withdrawn: {name}"
+        case "forget":
+            return f"forgot everything; receipt {plain(event.get('receipt', {}).get('file', ''))}"
+        case "rebase" if "rounds" in event:
+            return f"counted again: {event['rounds']} rounds of {name} that an older ledger no longer knew"
+        case "rebase":
+            return "recovered: every campaign until then is ended, what was spent stays spent"
+        case "open":
+            return "began"
+        case other:
+            return {"pause": "paused", "resume": "resumed"}.get(other, plain(other))

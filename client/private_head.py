@@ -1,0 +1,260 @@
+"""The owner's private head: fitted on the device, compared with the device's own runtime, and kept encrypted.
+
+It never leaves the device, so it needs no noise. Text, features and tensors are in memory and in the vault, nowhere
+else: the head is opened from the very bytes that are sealed.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from client.artifact import MANIFEST
+from client.device import SHARED, read_inputs
+from client.home import Home
+from client.ledger import Standing
+from client.owner import checked_ledger, find_consent
+from client.personalize import PrivateOutput, fit_lora, fit_output, text_predictions
+from client.site import Workbench, resident_base, use_threads
+from shared.adapter import Arrays, load_shared, load_start, read_start, within_bound
+from shared.campaign import Campaign, read_campaign
+from shared.config import Scenario
+from shared.errors import CampaignError, LedgerError, StoreError
+from shared.features import Features
+from shared.head import CausalHead, RatingHead
+from shared.model import Base
+from shared.policy import Policy, check_extensions
+from shared.tasks import Targets
+
+OWNER = "owner"  # the name in the manifest; whoever opens the vault knows whose it is
+# Texts that torch and the graph are compared on, whatever the owner wrote; public.
+PROBES = (
+    "The film begins in a small town.",
+    "A letter arrives a year too late.",
+    "I liked the music more than the story.",
+    "Two sisters open a bakery by the sea.",
+    "The train leaves at seven in the morning.",
+    "Crime, Drama, Thriller",
+    "Comedy, Romance",
+    "What would you like to drink?",
+    "It rained for three days and nobody complained.",
+    "The committee will publish its report in May.",
+    "She taught herself to repair clocks.",
+    "An old map, a new boat and too little bread.",
+    "Fellow citizens, the year has been a good one.",
+    "He never understood why the garden had no gate.",
+    "Science fiction of the seventies, slow and blue.",
+    "Thank you, I will think about it and call you tomorrow.",
+)
+_OWN_PROBES = 16  # of the owner's texts; compared and not written
+
+
+@dataclass(frozen=True)
+class Personalized:
+    """A private head that was fitted.
+
+    Attributes:
+        version: Its number on the shelf.
+        records: How many it was fitted to.
+        shared: What shared arrays it stands on, in words.
+        parity: Largest difference between torch and the device's runtime.
+    """
+
+    version: int
+    records: int
+    shared: str
+    parity: float
+
+
+def personalize(
+    home: Home, *, base_folder: Path, prefix: str | None = None, generator: np.random.Generator | None = None
+) -> Personalized:
+    """Fit the private part to all records of a home and make it the current private head.
+
+    Args:
+        home: Its owner consented to the campaign; it holds at least one record.
+        base_folder: The fleet's ONNX base, exported for this campaign's base, blocks and targets.
+        prefix: First digits of the campaign's policy; by default the only one consented to.
+        generator: Of the order of records in fine-tuning; fresh randomness by default.
+
+    Raises:
+        SottovoceError: There is no such campaign, no record, the newest shared arrays are damaged, or the head does not
+            compute what torch does. The shelf is as it was.
+
+    Guarantee:
+        No file but sealed ones is written.
+    """
+    standing, round_number = _choose(home, prefix)
+    campaign = _kept_campaign(home, standing.consent.policy)
+    arrays = _newest_arrays(home, campaign.policy)
+    if arrays is None:
+        round_number, arrays = 0, {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
+    bench = _bench(campaign)
+    records = home.records().read()
+    if not records:
+        raise StoreError("a private head is fitted to records, this home has none; run: sottovoce client add.")
+    features, targets = read_inputs(home, bench)
+    settings: dict[str, Any] = {
+        "base_folder": base_folder,
+        "user": OWNER,
+        "privacy": {"claim": claim_of(campaign.policy), "policy_sha256": campaign.policy.sha256},
+        "created": home.clock(),
+    }
+    texts = list(dict.fromkeys((*PROBES, *(record.text for record in records[:_OWN_PROBES]))))
+    build = _BUILDERS[campaign.scenario.task.name]
+    files = build(bench, arrays, features, targets, texts, generator or np.random.default_rng(), settings)
+    about = {
+        "created": home.clock().isoformat(timespec="seconds"),
+        "campaign": campaign.policy.campaign,
+        "round": str(round_number),
+    }
+    version = home.heads().add(files, about)
+    shared = f"the shared part of round {round_number}" if round_number else "the campaign's public start"
+    return Personalized(version, len(targets), shared, json.loads(files[MANIFEST])["parity"]["max_abs"])
+
+
+def claim_of(policy: Policy) -> str:
+    """What the shared part of a head may say about this device's records."""
+    bounds = f"(epsilon = {policy.epsilon:g}, delta = {policy.delta:g})"
+    return (
+        f"{policy.unit.capitalize()}-level {bounds}-differential privacy of what left this device, for at most "
+        f"{policy.max_participations} rounds; neighbours: {policy.relation}; trust: nobody (local noise on each "
+        "device); noise: from the operating system's cryptographic generator."
+    )
+
+
+def _choose(home: Home, prefix: str | None) -> tuple[Standing, int]:
+    """The campaign to personalize, and the newest round this device was asked in."""
+    with checked_ledger(home) as ledger:
+        standings, events = ledger.consents(), ledger.history()
+    if prefix is not None:
+        standing = find_consent(standings, prefix)
+    elif len(standings) == 1:
+        standing = standings[0]
+    else:
+        known = ", ".join(standing.consent.policy[:12] for standing in standings) or "none"
+        raise LedgerError(f"--campaign must name one of the campaigns you consented to ({known}), got none.")
+    spends = [e.round_number or 0 for e in events if e.kind == "spend" and e.policy == standing.consent.policy]
+    return standing, max(spends, default=0)
+
+
+def _kept_campaign(home: Home, policy_sha256: str) -> Campaign:
+    """What the owner agreed to, as it is kept; nothing is sent, so its price is not certified again."""
+    try:
+        campaign = read_campaign(home.campaign_folder(policy_sha256))
+    except (SafetensorError, UnicodeDecodeError):
+        raise CampaignError(f"{home.campaign_folder(policy_sha256)} is damaged; restore it from a backup.") from None
+    if campaign.policy.sha256 != policy_sha256:
+        raise CampaignError(f"{campaign.folder} must hold the policy you agreed to; it was altered.")
+    check_extensions(campaign.policy, campaign.scenario)
+    return campaign
+
+
+def _newest_arrays(home: Home, policy: Policy) -> Arrays | None:
+    """The newest shared arrays this device was sent; None before its first round."""
+    path = home.campaign_folder(policy.sha256) / SHARED
+    if not path.exists():
+        return None
+    try:
+        found = load(path.read_bytes())
+        arrays = {slot.name: found[slot.name] for slot in policy.array_slots()}
+    except (SafetensorError, KeyError):
+        raise CampaignError(
+            f"{path} must hold the campaign's arrays, it is damaged; wait for the next round."
+        ) from None
+    if not within_bound(arrays):
+        raise CampaignError(f"{path} must hold usual numbers, got others; wait for the next round.")
+    return arrays
+
+
+def _bench(campaign: Campaign) -> Workbench:
+    """Base and head without the machinery of private training: nothing of this fit is released."""
+    use_threads(campaign.scenario.performance.threads)
+    base = resident_base(campaign.scenario.model.base, campaign.scenario.performance.device)
+    head = campaign.new_head(base)
+    load_start(head.to(base.device), campaign.start)
+    return Workbench(campaign, base, head, head)
+
+
+def _rating_files(
+    bench: Workbench,
+    arrays: Arrays,
+    features: Features,
+    targets: Targets,
+    texts: Sequence[str],
+    generator: np.random.Generator,
+    settings: dict[str, Any],
+) -> dict[str, bytes]:
+    from client.export import build_head
+
+    del generator  # a closed form
+    head = cast(RatingHead, bench.head)
+    pooled, shared = text_predictions(head, arrays, features)
+    said = targets.batch(np.arange(len(targets)), 0).numpy().astype(np.float64)
+    private = fit_output(head, pooled, shared, said, personal=bench.campaign.scenario.personal)
+    return build_head(**rating_parts(head, private), probe_texts=texts, **settings)
+
+
+def _language_files(
+    bench: Workbench,
+    arrays: Arrays,
+    features: Features,
+    targets: Targets,
+    texts: Sequence[str],
+    generator: np.random.Generator,
+    settings: dict[str, Any],
+) -> dict[str, bytes]:
+    from client.export_lm import build_lm_head
+
+    head, scenario = cast(CausalHead, bench.head), bench.campaign.scenario
+    private = fit_lora(head, arrays, features, targets, personal=scenario.personal, generator=generator)
+    load_shared(head, private)
+    probes = [scenario.task.template.replace("{text}", text) for text in texts]
+    return build_lm_head(**language_parts(head, bench.base, scenario), probe_texts=probes, **settings)
+
+
+_BUILDERS: dict[str, Callable[..., dict[str, bytes]]] = {"rating": _rating_files, "generation": _language_files}
+
+
+def rating_parts(head: RatingHead, private: PrivateOutput) -> dict[str, Any]:
+    """What ``build_head`` needs of a head that holds shared arrays, and of a user's private output."""
+    weight, bias = head.output_layer()
+    return {
+        "head": head,
+        "output_weight": (weight + private.weight).astype("float32"),
+        "output_bias": bias + private.bias,
+    }
+
+
+def language_parts(head: CausalHead, base: Base, scenario: Scenario) -> dict[str, Any]:
+    """What ``build_lm_head`` needs of a head that holds a user's arrays."""
+    return {
+        "base_sha256": base.sha256,
+        "lora": {name: array for name, array in read_start(head).items() if "lora_" in name},
+        "scaling": scenario.adapter.scaling,
+        "logits": lambda token_ids: head_logits(head, base, token_ids),
+    }
+
+
+@torch.inference_mode()
+def head_logits(head: CausalHead | None, base: Base, token_ids: np.ndarray) -> np.ndarray:
+    """Logits (1, T, V) of token ids (1, T) in torch, through the head or the bare base."""
+    ids = torch.from_numpy(token_ids).to(base.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    blocks = len(head.blocks) if head else base.num_blocks
+    hidden = base.backbone(ids, mask, head_blocks=blocks)
+    if head:
+        states = head.states(hidden, mask)
+    else:
+        for block in base.family.blocks(base.model):
+            hidden = base.family.run(base.model, block, hidden, mask)
+        states = base.family.finish(base.model, hidden)
+    weight = base.family.vocabulary(base.model)
+    logits: np.ndarray = (states @ weight.T).cpu().numpy()  # type: ignore[union-attr]
+    return logits
