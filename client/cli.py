@@ -85,7 +85,9 @@ def _chosen_head(args: argparse.Namespace) -> "Files | None":
         return head
     if args.base is None:
         raise HeadError("--home needs --base, the folder of the fleet's base; it was not given.")
-    return open_owner_home(args.home).heads().read()
+    from client.owner import private_heads
+
+    return private_heads(open_owner_home(args.home)).read()
 
 
 def predict(args: argparse.Namespace) -> int:

@@ -145,12 +145,16 @@ class OwnedDevice:
             yield
 
     def accepted(self, policy_sha256: str) -> Campaign:
-        """A campaign the owner agreed to, certified anew in every process; one without noise is none."""
+        """A campaign the owner agreed to, certified anew in every process; one without noise is none.
+
+        Base and head are loaded here, so that another base costs nothing: no round is spent yet.
+        """
         if policy_sha256 not in {standing.consent.policy for standing in self._ledger.consents()}:
             raise RefusedError("POLICY")
         campaign = accepted_campaign(str(self._home.folder / "campaigns"), policy_sha256)
         if campaign.policy.trust == "none":
             raise RefusedError("POLICY")
+        _workbench(str(self._home.folder), policy_sha256)
         return campaign
 
     def spend(self, campaign: Campaign, request: Request) -> Arrays | None:

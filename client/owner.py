@@ -18,6 +18,7 @@ from client.ledger import Event, Ledger, Standing, Totals
 from client.ledger_events import DamagedError, femto_delta, nano_epsilon
 from client.ledger_schema import is_unused
 from client.private_files import disk_errors
+from client.sealed_heads import HeadShelf
 from client.store import RecordStore
 from client.vault import KEY_FILE, Vault, create_vault
 from shared.datasets.records import Record
@@ -352,17 +353,25 @@ def _describe_event(event: Event, campaign: str | None) -> dict[str, Any]:
     return said | {name: value for name, value in about.items() if value is not None} | dict(event.detail)
 
 
+def private_heads(home: Home) -> HeadShelf:
+    """The shelf of a home that has a private head.
+
+    Raises:
+        StoreError: It has none, or the vault cannot be read.
+    """
+    shelf = home.heads() if (home.folder / "vault").exists() else None
+    if shelf is None or shelf.current() is None:
+        raise StoreError(f"{home.folder} must hold a private head, it has none; run: sottovoce client personalize.")
+    return shelf
+
+
 def roll_back(home: Home, to: int | None) -> tuple[int | None, int]:
     """Go back to an earlier private head; the numbers of the versions current before and after.
 
     Raises:
         StoreError: There is no such version.
     """
-    if not (home.folder / "vault").exists():
-        raise StoreError(
-            "rollback needs a private head, there is none in this home; run: sottovoce client personalize."
-        )
-    shelf = home.heads()
+    shelf = private_heads(home)
     before = shelf.current()
     return before, shelf.roll_back(to)
 

@@ -311,6 +311,6 @@ def _personalize(options: argparse.Namespace) -> int:
     _say(
         f"private head: version {done.version} is current, fitted to {done.records} records and "
         f"{done.shared}; it is encrypted and never leaves the device",
-        f"ONNX Runtime and torch agree within {done.parity:.1g}",
+        f"ONNX Runtime and torch agree within {done.parity:.2g}",
     )
     return 0

@@ -34,18 +34,28 @@ def key_lines(name: str, *, weak: bool, detects: bool) -> list[str]:
     return [f"keys: {plain(name)} ({strength})", rollback if detects else NOT_DETECTABLE]
 
 
+_RELATIONS = {"add-or-remove-one": "nobody can tell whether it was there"}
+_FIELDS = {
+    "arrays": "the noised change of the shared numbers",
+    "config.policy": "the policy's hash",
+    "config.round": "the round",
+}
+
+
 def offer_lines(offer: "Offer") -> list[str]:
     """What a campaign asks, in plain words."""
     most = offer.payload_bytes * offer.max_participations
     return [
         f"campaign: {plain(offer.campaign)} ({plain(offer.task)}), policy {offer.policy[:12]}",
         f"signed by key: {offer.operator}",
-        f"hides: one {plain(offer.unit)} ({plain(offer.relation)}); not what many of your records have in common, "
-        "nor that you take part",
+        f"hides: one {plain(offer.unit)} ({_RELATIONS.get(offer.relation, plain(offer.relation))}); not what many of "
+        "your records have in common, nor that you take part",
         f"price: epsilon {offer.epsilon:g}, delta {offer.delta:g} for all of it, reserved now and never given back",
         f"rounds: this device joins at most {offer.max_participations} of {offer.rounds}",
-        f"leaves the device: {', '.join(map(plain, offer.reply_fields))}; {offer.numbers:,} noised numbers, "
-        f"{offer.payload_bytes:,} bytes a round, at most {most:,} in all; no text, no count, no score",
+        f"leaves the device: {', '.join(_FIELDS.get(name, plain(name)) for name in offer.reply_fields)}; no text, no "
+        "count, no score",
+        f"how much: {offer.numbers:,} numbers, {offer.payload_bytes:,} bytes a round (as history counts them; the "
+        f"message adds some hundred), at most {most:,} in all",
         *(f"needs an installed package: {plain(extension)}" for extension in offer.extensions),
         f"until: {offer.until} (UTC)",
         f"left of your caps afterwards: epsilon {offer.left_epsilon:g}, delta {offer.left_delta:g}",

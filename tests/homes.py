@@ -37,10 +37,15 @@ def publish(scenario_path: Path, folder: Path, *, overrides: Sequence[str] = ())
 
 
 def make_home(
-    folder: Path, published: SimpleNamespace | None = None, *, user: int | None = 0, cap_epsilon: float = 20.0
+    folder: Path,
+    published: SimpleNamespace | None = None,
+    *,
+    user: int | None = 0,
+    cap_epsilon: float = 20.0,
+    keystore: str = "file",
 ) -> Home:
-    """A home with the file keystore, the records of one user of the data set, and its owner's consent."""
-    home = create_home(folder, keystore="file", cap_epsilon=cap_epsilon, cap_delta=1e-3, clock=clock)
+    """A home with the records of one user of the data set, and its owner's consent."""
+    home = create_home(folder, keystore=keystore, cap_epsilon=cap_epsilon, cap_delta=1e-3, clock=clock)
     if published is not None:
         if user is not None:
             home.records().add(published.dataset.users[user].train)

@@ -4,11 +4,13 @@ import hashlib
 import json
 import shutil
 
+import keyring
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
+from keyring.backend import KeyringBackend
 from safetensors.numpy import save
 
 from client.consent import agree
@@ -167,6 +169,81 @@ def test_a_cloned_device_draws_other_noise_and_both_spend(homes, home, published
     assert all(not np.array_equal(a[name], b[name]) for name in a)
 
 
+class KeyringOfTheSystem(KeyringBackend):
+    """A keyring that a backup of the home does not hold, as the one of macOS."""
+
+    viable, priority = False, -10
+
+    def __init__(self):
+        super().__init__()
+        self.entries = {}
+
+    def get_password(self, service, username):
+        return self.entries.get((service, username))
+
+    def set_password(self, service, username, password):
+        self.entries[service, username] = password
+
+    def delete_password(self, service, username):
+        self.entries.pop((service, username), None)
+
+
+KeyringOfTheSystem.__module__, KeyringOfTheSystem.__qualname__ = "keyring.backends.macOS", "Keyring"
+
+
+@pytest.fixture
+def system_keyring():
+    before = keyring.get_keyring()
+    keyring.set_keyring(KeyringOfTheSystem())
+    yield
+    keyring.set_keyring(before)
+
+
+def restore(home, backup):
+    shutil.rmtree(home.folder)
+    shutil.copytree(backup, home.folder)
+
+
+def test_a_restored_backup_is_noticed_by_a_keyring_that_was_not_restored(homes, published, tmp_path, system_keyring):
+    home = homes.make_home(tmp_path / "home", published, keystore="os")
+    assert home.keystore.detects_rollback
+    shutil.copytree(home.folder, tmp_path / "backup")
+    assert homes.ask(home, published.campaign)[0] is None
+    restore(home, tmp_path / "backup")
+    assert homes.ask(home, published.campaign, round_number=2)[0] == "ROLLBACK"
+
+
+def test_a_backup_restored_with_its_keys_is_noticed_by_the_server_s_count(homes, published, tmp_path):
+    home = homes.make_home(tmp_path / "home", published)
+    assert not home.keystore.detects_rollback
+    shutil.copytree(home.folder, tmp_path / "backup")
+    for round_number in (1, 2):  # max_participations = 2
+        assert homes.ask(home, published.campaign, round_number=round_number)[0] is None
+    restore(home, tmp_path / "backup")
+    assert homes.ask(home, published.campaign, round_number=3, answered=2)[0] == "BUDGET"
+    assert reserved(home)[1] == [2]
+
+
+def test_a_copied_home_has_no_keys_in_the_system_s_keyring(
+    homes, published, tmp_path, system_keyring
+):
+    home = homes.make_home(tmp_path / "home", published, keystore="os")
+    shutil.copytree(home.folder, tmp_path / "clone")
+    assert homes.ask(tmp_path / "clone", published.campaign)[0] in {"LEDGER", "STORE"}
+    assert homes.ask(home, published.campaign)[0] is None
+
+
+def test_another_base_is_refused_before_anything_is_spent(homes, published, make_tiny_base, tmp_path):
+    """The policy names the base by its hash: a device whose base is another one trains nothing."""
+    home = homes.make_home(tmp_path / "home", published)
+    path = home.campaign_folder(published.campaign.policy.sha256) / "scenario.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["base"] = str(make_tiny_base(tmp_path / "base", seed=1).folder)
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    assert homes.ask(home, published.campaign)[0] == "POLICY"
+    assert reserved(home)[1] == [0]
+
+
 @pytest.mark.parametrize("broken", ["deleted", "truncated", "keys"])
 def test_a_ledger_that_cannot_be_used_stops_the_device(homes, home, published, broken, monkeypatch):
     monkeypatch.setattr(RecordStore, "read", lambda _: pytest.fail("a record was read"))
@@ -215,7 +292,7 @@ def test_a_federation_of_owners_runs_as_a_simulation_does(homes, published, tmp_
 
 def test_features_are_kept_only_encrypted_and_used_again(homes, home, published, monkeypatch):
     homes.ask(home, published.campaign)
-    assert [name for name in home.vault().names("features/")]
+    assert home.vault().names("features/")
     monkeypatch.setattr("client.device.compute_hidden", lambda *_, **__: pytest.fail("computed again"))
     assert homes.ask(home, published.campaign, round_number=2)[0] is None
 
@@ -236,7 +313,7 @@ class TestConsent:
         with pytest.raises(PrivacyError, match="sign"):
             agreed()
         sign_policy(folder, load_private(published.private))  # by the operator's own key
-        with pytest.raises(PrivacyError, match="grid must be|must give the epsilon"):
+        with pytest.raises(PrivacyError, match=r"grid must be|must give the epsilon"):
             agreed()
         assert reserved(home) == (0.0, [])
 

@@ -417,7 +417,7 @@ def test_the_ledger_agrees_with_a_plain_reference_over_random_histories(ledgers)
 
 @pytest.mark.slow
 def test_the_ledger_agrees_with_a_plain_reference_over_many_random_histories(ledgers):
-    reached = check(ledgers, examples=300, steps=60)
+    reached = check(ledgers, examples=150, steps=60)
     refusals = {"CONSENT", "PAUSED", "CONFLICT", "BURNT", "ROUND", "BUDGET"}
     faults = {"killed at _begin", "killed at _commit", "killed at advance_anchor", *WAYS}
     assert reached.keys() >= {"spend", "repeat"} | refusals | faults

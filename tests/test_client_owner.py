@@ -362,7 +362,8 @@ def test_rollback_takes_an_earlier_head(active, capsys):
 def test_rollback_without_a_head_is_refused(home, capsys):
     refused(capsys, "rollback", "--home", home)
     shutil.rmtree(home / "vault")
-    assert "needs a private head" in refused(capsys, "rollback", "--home", home)
+    assert "it has none" in refused(capsys, "rollback", "--home", home)
+    assert "it has none" in refused(capsys, "predict", "--home", home, "--base", home, "--text", "x")
 
 
 DAMAGES = {
@@ -534,6 +535,20 @@ forget(open_home(home))
             assert ledger.history()[-1].kind == "forget"
             assert {standing.state for standing in ledger.consents()} == {"withdrawn"}
     assert partial > 5
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("Yes", 0), ("", 2), ("no", 2), (None, 2)])
+def test_on_a_terminal_the_owner_is_asked(active, monkeypatch, capsys, answer, code):
+    def ask(question):
+        assert question.endswith("[y/N] ")
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", ask)
+    assert run(capsys, "forget", "--home", active.folder)[0] == code
+    assert (active.folder / "vault").exists() is (code == 2)
 
 
 def test_no_home_is_one_line(tmp_path, capsys, monkeypatch):

@@ -391,3 +391,20 @@ def test_an_unreadable_place_is_an_error_in_one_line(home, vault):
             call()
         assert "\n" not in str(caught.value)
     assert not temporary_of(home / "vault" / "records" / "1").exists()
+
+
+def test_a_copied_vault_is_closed_again(home):
+    (home / "vault").chmod(0o755)
+    reopen(home)
+    assert stat.S_IMODE((home / "vault").stat().st_mode) == 0o700
+    shred_vault(home / "vault", file_keystore(home))
+    (home / "vault").mkdir(mode=0o755)
+    create_vault(home / "vault", file_keystore(home))
+    assert stat.S_IMODE((home / "vault").stat().st_mode) == 0o700
+
+
+def test_deletion_takes_what_a_crash_left(home, vault):
+    vault.seal("records/1", SENTINEL)
+    temporary_of(home / "vault" / "records" / "1").write_bytes(b"half")
+    vault.delete("records/1")
+    assert files_of(home / "vault") == ["key"]

@@ -109,7 +109,7 @@ def test_delta_and_the_roster():
     rows = table("delta")
     assert len(rows) == 4
     for delta, clients, noise in rows:
-        assert float(delta) == pytest.approx(1 / (10 * int(clients)), rel=1e-12)
+        assert float(delta) == pytest.approx(1 / (10 * int(clients)), rel=1e-12, abs=0)
         assert certifies(noise, 8.0, delta=float(delta), setting=("1", "1", "20"))
 
 

@@ -174,14 +174,16 @@ class MovesAFrozenTensor(PolicyOptimizer):
 # D1: per-sample gradients
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("method", [*FEDERATION_METHODS, "no-output"])
+@pytest.mark.parametrize(
+    ("task", "method"), [*itertools.product(TASKS, FEDERATION_METHODS), ("rating", "outside"), ("language", "outside")]
+)
 def test_every_trainable_tensor_gets_the_gradient_of_each_record_alone(
     make, steps, monkeypatch, together, install_package, task, method
 ):
-    if method == "no-output":
-        code = "from shared.lora import FederationMethod\nmine = FederationMethod(('lora_A', 'lora_B'), 'of a test')"
-        install_package("ext", code, {"federation_methods": {"no-output": "mine"}})
+    if method == "outside":
+        part = "output" if task == "rating" else "lora_B"
+        code = f"from shared.lora import FederationMethod\nmine = FederationMethod(('{part}',), 'of a test')"
+        install_package("ext", code, {"federation_methods": {"outside": "mine"}})
     setting = make(task, blocks=2, method=method)
     policy, seen = setting.policy(), steps.Sums(monkeypatch)
     wanted = [np.stack(column) for column in zip(*map(setting.gradients, range(len(setting))), strict=True)]
@@ -191,7 +193,7 @@ def test_every_trainable_tensor_gets_the_gradient_of_each_record_alone(
         setting.train(policy)
         found = [x.numpy() for x in seen.per_sample[-1]]
         assert len(found) == len(policy.slots)
-        assert all(abs(w).max() > 0 for w in wanted) or method == "no-output"
+        assert all(abs(w).max() > 0 for w in wanted)
         return all(abs(f - w[order]).max() <= 1e-4 * abs(w).max() for f, w in zip(found, wanted, strict=True))
 
     class Mean(GradSampleModule):
@@ -365,11 +367,12 @@ def test_noise_is_added_once_a_step_whatever_was_drawn(setting, steps, monkeypat
         draws = steps.Replay()
         update = setting.train(policy, randomness=draws, **arguments)
         bare = setting.train(policy, randomness=steps.Replay(scale=0), **arguments)
-        asked = [what for what in draws.asked if what[0] == "noise"]
+        asked = sum(count for what, count in draws.asked if what == "noise")
+        if asked != setting.size * policy.steps:
+            return False
         added = np.concatenate(draws.noise).reshape(-1, setting.size).sum(0)
         added = added * (policy.grid * policy.learning_rate / policy.denominator)
-        as_drawn = np.allclose(steps.flat(bare) - steps.flat(update), added, rtol=1e-3, atol=1e-5)
-        return as_drawn and asked == [("noise", math.prod(shape)) for _, shape in policy.slots] * policy.steps
+        return np.allclose(steps.flat(bare) - steps.flat(update), added, rtol=1e-3, atol=1e-5)
 
     assert once()
     steps.use(monkeypatch, SkipsEmptySteps if policy.steps > 1 else NoisePerMicroBatch)
@@ -402,6 +405,8 @@ class Idle:
 def is_poisson(drawn, rate):
     """Whether the rows of (steps, records) are independent draws: marginals, sizes, pairs in a step, steps in turn."""
     steps, count = drawn.shape
+    if (drawn.min(0) == drawn.max(0)).any():
+        return False
     spread = math.sqrt(rate * (1 - rate))
     sizes = drawn.sum(1)
     pairs = np.corrcoef(drawn.T)[np.triu_indices(count, 1)]
@@ -443,7 +448,7 @@ def one_coin_for_all(count, rate, randomness):
 def test_records_enter_the_steps_by_independent_coins(make, monkeypatch, source):
     """Looked at in the step itself: what is priced as amplified must be Poisson, and nothing else would pass."""
     setting = make("rating", blocks=0)
-    rate, steps = 2 / 7, 1000
+    rate, steps = 2 / 7, 400
     policy, head = setting.policy(sampling_rate=rate, steps=steps), setting.fresh_head()
     monkeypatch.setitem(client.train.OPTIMIZERS, "local", Idle)
     np.random.seed(0)
@@ -561,6 +566,16 @@ def test_nothing_of_one_round_is_left_in_the_head_for_the_next(setting, steps, m
     assert not leaves_nothing()
 
 
+def test_a_round_that_stopped_leaves_nothing_for_the_next(setting, steps):
+    """Its clipped sum would be in the next release, beside that round's own: twice the sensitivity."""
+    policy = setting.policy()
+    module = make_trainable(setting.fresh_head(), policy)
+    with pytest.raises(RefusedError, match="NOT_FINITE"):
+        setting.train(setting.policy(learning_rate=1e39), module=module, randomness=steps.Replay())
+    again, fresh = setting.train(policy, rows=[0], module=module), setting.train(policy, rows=[0])
+    assert all(np.array_equal(again[name], fresh[name]) for name in fresh)
+
+
 # D9: examples do not mix
 
 
@@ -643,22 +658,23 @@ def test_other_records_with_the_same_noised_integers_give_the_same_bytes(setting
 
     class Filling(steps.Silent):
         def __init__(self, wanted, seen):
-            self._wanted, self._seen, self._turn = wanted, seen, itertools.count()
+            self._wanted, self._seen, self._given = wanted, seen, 0
 
         def gaussian_integers(self, count):
-            turn = next(self._turn)
-            step, tensor = divmod(turn, len(policy.slots))
-            return self._wanted[turn] - self._seen.of_step[step][tensor].ravel()
+            start, self._given = self._given, self._given + count
+            return (self._wanted[: self._given] - in_turn(self._seen)[: self._given])[start:]
+
+    def in_turn(seen):
+        return np.concatenate([total.ravel() for step in seen.of_step for total in step])
 
     def same():
         first, draws = steps.Sums(monkeypatch), steps.Replay()
         one = setting.train(policy, randomness=draws)
-        sums = [total.ravel() for step in first.of_step for total in step]
         monkeypatch.undo()
         if mutant:
             steps.use(monkeypatch, mutant)
         second = steps.Sums(monkeypatch)
-        wanted = [total + noise for total, noise in zip(sums, draws.noise, strict=True)]
+        wanted = in_turn(first) + np.concatenate(draws.noise)
         other = setting.train(policy, rows=[1, 3], randomness=Filling(wanted, second))
         monkeypatch.undo()
         assert any(not np.array_equal(a, b) for a, b in zip(first.of_step[0], second.of_step[0], strict=True))
