@@ -206,7 +206,7 @@ def forget_workbenches() -> None:
 def read_inputs(home: Home, bench: Workbench) -> tuple[Features, Targets]:
     """Backbone outputs and targets of every record in an owner's store.
 
-    The outputs are as telling as the text: they are kept in the vault, under a hash of what they were computed from.
+    The outputs are as telling as the text: they are kept in the vault, with a hash of what they were computed from.
     """
     records = home.records().read()
     scenario, base = bench.campaign.scenario, bench.base
@@ -221,18 +221,14 @@ def read_inputs(home: Home, bench: Workbench) -> tuple[Features, Targets]:
 def _sealed_features(vault: Vault, bench: Workbench, token_ids: list[list[int]]) -> Features:
     """Backbone outputs from the vault, or computed and sealed there; only the newest set of a cut is kept."""
     blocks = len(bench.head.blocks)
-    digest = hashlib.sha256("|".join(",".join(map(str, ids)) for ids in token_ids).encode()).hexdigest()
-    kind = f"features/{bench.base.sha256[:16]}-{blocks}-"
-    name = kind + digest[:32]
-    known = vault.names("features/")
-    if name not in known:
+    text = "|".join(",".join(map(str, ids)) for ids in token_ids)
+    key = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)  # inside: a name would confirm a guess
+    name = f"features/{bench.base.sha256[:16]}-{blocks}"
+    content = load(vault.open(name)) if vault.names(name) else {}
+    if not content or not np.array_equal(content["key"], key):
         computed = compute_hidden(bench.base, token_ids, head_blocks=blocks)
         arrays = [computed.select([row]).batch([0])[0][0].numpy() for row in range(len(computed))]
-        content = {"values": np.concatenate(arrays), "lengths": computed.lengths}
+        content = {"key": key, "values": np.concatenate(arrays), "lengths": computed.lengths}
         vault.seal(name, save(content))
-        for old in known:
-            if old.startswith(kind):
-                vault.delete(old)
-    content = load(vault.open(name))
     ends = np.cumsum(content["lengths"])[:-1]
     return Features(np.split(content["values"], ends))

@@ -17,14 +17,12 @@ from typing import Any
 from client.home import Home
 from client.keystore import DATA_KEY
 from client.ledger import Event, Ledger, Standing
-from client.owner import alone
+from client.owner import BEGUN, RECEIPTS, alone
 from client.private_files import disk_errors, private_folder, remove_private, write_private
 from client.vault import KEY_FILE, shred_vault
 from shared.errors import LedgerError, StoreError
 from shared.files import flush_folder
 
-RECEIPTS = "receipts"
-_BEGUN = "begun.json"
 _SCHEMA = "sottovoce receipt 1"
 
 _REMAINS = (
@@ -113,7 +111,7 @@ class _Begun:
 
 def _note_begun(home: Home) -> _Begun:
     """Note everything to be deleted, with what an earlier call that was cut has deleted."""
-    path = home.folder / RECEIPTS / _BEGUN
+    path = home.folder / RECEIPTS / BEGUN
     with disk_errors(path):
         private_folder(path.parent)
         held = None if (home.folder / "vault").exists() else 0
@@ -221,4 +219,4 @@ def _write(home: Home, receipt: dict[str, Any], copy_to: Path | None) -> dict[st
 
 def _finish(home: Home) -> None:
     with disk_errors(home.folder):
-        remove_private(home.folder / RECEIPTS / _BEGUN)
+        remove_private(home.folder / RECEIPTS / BEGUN)

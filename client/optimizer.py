@@ -78,7 +78,7 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
             self._clip_waiting()
         sizes = [parameter.numel() for parameter in self.params]
         noise = torch.from_numpy(self._randomness.gaussian_integers(sum(sizes)))  # one draw costs less than many
-        for parameter, noised in zip(self.params, noise.split(sizes), strict=True):
+        for parameter, noised in zip(self.params, noise.split_with_sizes(sizes), strict=True):
             if parameter.summed_grad is not None:
                 noised += parameter.summed_grad.to(noised.device).view(-1)
             change = noised.to(torch.float64) * (-self._learning_rate * self._grid / self.expected_batch_size)

@@ -179,7 +179,7 @@ def _add_records(options: argparse.Namespace) -> int:
 
 
 def _consent(options: argparse.Namespace) -> int:
-    from client.owner import accept, examine_offer
+    from client.offer import accept, examine_offer  # loads torch
     from shared.signing import load_public
 
     home, operator, until = open_owner_home(options.home), load_public(options.operator), _day(options.until)

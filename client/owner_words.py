@@ -1,10 +1,10 @@
-"""Words for what an owner is asked and told; each function makes lines of the data of client/owner.py."""
+"""Words for what an owner is asked and told; each function makes lines of what client/owner.py found."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from client.owner import Offer
+    from client.offer import Offer
 
 NOT_DETECTABLE = (
     "roll-back not detectable: whoever puts an older backup of this home back, by mistake too, puts the keys back with "
@@ -74,6 +74,7 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
         *(line for campaign in found["campaigns"] for line in _campaign_lines(campaign)),
         *([] if found["campaigns"] else ["campaigns: none was ever agreed to; nothing can leave the device"]),
         *_data_lines(data),
+        *(["a deletion was cut: run sottovoce client forget again"] if found["forget_was_cut"] else []),
         *key_lines(keys["where"], weak=keys["weak"], detects=keys["rollback_detectable"]),
     ]
 

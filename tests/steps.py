@@ -1,6 +1,6 @@
 """One noisy step for tests: real heads of both tasks, and randomness that is silent, replayed or counted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from shared.adapter import load_start, make_start, read_shared, shared_parameter
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.features import Features, compute_hidden
 from shared.head import Head, make_head
+from shared.model import Base
 from shared.noise import GRID_SIGMA
 from shared.policy import Policy
 from shared.tasks import Labels, Scores, encode_dialogues
@@ -67,17 +68,23 @@ class Setting:
     """A head away from its public start (there LoRA has no gradient), and records for it.
 
     Args:
-        fresh: Makes the head.
+        base: Under the head.
+        scenario: Of the head.
         features: Backbone outputs of the records, not prepared.
         targets: One a record.
         wrap: ``Scores`` or ``Labels``.
     """
 
     def __init__(
-        self, fresh: Callable[[], Head], features: Features, targets: Sequence, wrap: type[Scores] | type[Labels]
+        self,
+        base: Base,
+        scenario: Scenario,
+        features: Features,
+        targets: Sequence,
+        wrap: type[Scores] | type[Labels],
     ) -> None:
-        self._fresh, self.targets, self.wrap = fresh, list(targets), wrap
-        self.head = fresh()
+        self._base, self.scenario, self.targets, self.wrap = base, scenario, list(targets), wrap
+        self.head = make_head(base, scenario)
         self.public = make_start(self.head, features, ridge=0.05, seed=1)
         self.features = self.head.prepare(features)
         generator = torch.Generator().manual_seed(3)
@@ -104,7 +111,7 @@ class Setting:
 
     def fresh_head(self) -> Head:
         """A head at the public start."""
-        head = self._fresh()
+        head = make_head(self._base, self.scenario)
         load_start(head, self.public)
         return head
 
@@ -160,7 +167,7 @@ def rating(base, texts, *, blocks=1, method="ffa-lora", rank=2, targets=("output
         federation=FederationConfig(method=method),
     )
     features = compute_hidden(base, base.tokenize(texts, max_tokens=32), head_blocks=blocks)
-    return Setting(lambda: make_head(base, scenario), features, [1.0 + i % 5 for i in range(len(texts))], Scores)
+    return Setting(base, scenario, features, [1.0 + i % 5 for i in range(len(texts))], Scores)
 
 
 def language(base, *, blocks=1, method="ffa-lora") -> Setting:
@@ -174,7 +181,7 @@ def language(base, *, blocks=1, method="ffa-lora") -> Setting:
     )
     encoded = encode_dialogues(base, PAIRS, scenario)
     features = compute_hidden(base, encoded.token_ids, head_blocks=blocks)
-    return Setting(lambda: make_head(base, scenario), features, encoded.labels, Labels)
+    return Setting(base, scenario, features, encoded.labels, Labels)
 
 
 class Sums:

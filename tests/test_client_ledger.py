@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import client.ledger_log
 import client.ledger_schema
 from client.ledger_book import add_up
+from client.ledger_events import chain_key
 from shared.errors import LedgerError, RefusedError
 
 
@@ -633,6 +635,25 @@ def test_i8_an_open_ledger_sees_events_vanish_under_it(ledgers, spent_home, keys
         assert caught.value.code == "ROLLBACK"
 
 
+def test_i8_an_open_ledger_sees_events_vanish_even_when_the_keystore_forgot_them_too(
+    ledgers, spent_home, keystore, clock
+):
+    with ledgers.reopen(spent_home, keystore, clock) as ledger:
+        backup = dict(keystore.entries)
+        ledger.pause()
+        ledgers.tamper(spent_home, "DELETE FROM event WHERE kind = 'pause'")
+        keystore.entries = backup
+        with pytest.raises(LedgerError, match="a moment ago") as caught:
+            ledgers.spend(ledger, 3, answered=1)
+        assert caught.value.code == "ROLLBACK"
+
+
+def test_i8_the_chain_does_not_use_the_key_that_wraps_the_owners_data(ledgers, ledger, keystore):
+    key = keystore.read("ledger-key")
+    assert len(key) == 32
+    assert chain_key(key) not in (key, chain_key(key[::-1]))
+
+
 def test_i8_another_ledger_of_the_same_key_is_not_this_one(ledgers, tmp_path, keystore):
     """A clone that went on by itself: same key, same length, another history."""
     with ledgers.begin(tmp_path / "a", keystore) as ledger:
@@ -756,6 +777,19 @@ def test_recovery_puts_a_damaged_file_aside(ledgers, ledger, tmp_path, keystore)
     assert (tmp_path / "ledger.db.aside-2").exists()
     with ledgers.reopen(tmp_path, keystore) as again:
         assert again.totals().epsilon == 3.0
+
+
+def test_recovery_does_not_put_a_ledger_aside_because_the_disk_fails(ledgers, ledger, tmp_path, keystore, monkeypatch):
+    def fails(path):
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+        raise error
+
+    ledger.close()
+    monkeypatch.setattr(client.ledger_log, "open_file", fails)
+    with pytest.raises(LedgerError, match="disk I/O error"):
+        ledgers.recover(tmp_path, keystore)
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.db"]
 
 
 def test_recovery_without_a_key_begins_a_new_chain_and_forgets_nothing(ledgers, ledger, tmp_path, keystore):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from client import owner
+from client import offer, owner
 from client.forget import forget
 from client.home import open_home
 from client.owner_cli import default_home
+from client.owner_words import status_lines
 from shared.datasets.records import Record
 from shared.errors import LedgerError, StoreError
 from shared.signing import new_key
@@ -233,12 +234,12 @@ def test_consent_shows_what_is_asked_and_needs_a_yes(home, operator, published, 
 def test_the_bytes_consent_shows_are_those_history_counts(homes, published, tmp_path):
     home = homes.make_home(tmp_path / "a")
     until = date(2099, 1, 1)
-    offer = owner.examine_offer(home, published.campaign.folder, operator=published.key, until=until)
+    asked = offer.examine_offer(home, published.campaign.folder, operator=published.key, until=until)
     owner.add(home, published.dataset.users[0].train)
-    owner.accept(home, published.campaign.folder, operator=published.key, until=until)
+    offer.accept(home, published.campaign.folder, operator=published.key, until=until)
     assert homes.ask(home, published.campaign)[0] is None
     [sent] = [event for event in owner.history(home) if event["event"] == "release"]
-    assert sent["size_bytes"] == offer.payload_bytes
+    assert sent["size_bytes"] == asked.payload_bytes
 
 
 def test_consent_refuses_another_key_an_end_past_and_a_price_above_the_cap(home, published, operator, tmp_path, capsys):
@@ -409,6 +410,29 @@ def test_a_rolled_back_ledger_is_told_and_recovered(active, published, capsys):
     assert ": ended, agreed" in run(capsys, "status", "--home", active.folder)[1]
 
 
+def test_without_the_ledgers_key_nothing_is_forgotten_but_the_records_are_lost(active, published, capsys):
+    (active.folder / "keys" / "ledger-key").unlink()
+    assert "sottovoce client recover" in refused(capsys, "status", "--home", active.folder)
+    caps = ("--cap-epsilon", 20, "--cap-delta", 1e-3)
+    code, out, _ = run(capsys, "recover", "--home", active.folder, *caps, "--yes")
+    assert code == 0
+    assert f"epsilon {published.campaign.policy.epsilon:g} of 20" in out
+    assert "cannot be read any more" in out  # nobody wipes the counters and trains on the old records again
+    assert run(capsys, "forget", "--yes", "--home", active.folder)[0] == 0
+    owner.add(active, [Record(text="new", target=1.0, item="", timestamp=0)])
+    assert run(capsys, "status", "--home", active.folder)[0] == 0
+
+
+def test_where_a_rollback_can_be_noticed_status_says_so(active, ledgers):
+    keystore = ledgers.MemoryKeystore({path.name: path.read_bytes() for path in (active.folder / "keys").iterdir()})
+    found = owner.status(type(active)(active.folder, keystore, active.clock))
+    assert found["keys"] == {"where": "memory", "weak": False, "rollback_detectable": True}
+    text = "\n".join(status_lines(found))
+    assert "not detectable" not in text
+    assert "is noticed" in text
+    assert "strong" in text
+
+
 def test_a_sound_ledger_is_not_recovered(active, capsys):
     before = snapshot(active.folder)
     error = refused(capsys, "recover", "--home", active.folder, "--cap-epsilon", 20, "--cap-delta", 1e-3, "--yes")
@@ -515,7 +539,7 @@ forget(open_home(home))
 """
     copies = crash_at_each_step(active.folder, code)
     assert len(copies) > 15
-    partial = 0
+    partial = cut = 0
     for folder in copies:
         files = [path for path in (folder / "vault").rglob("*") if path.is_file()]
         campaigns = list((folder / "campaigns").glob("*/*"))
@@ -524,6 +548,7 @@ forget(open_home(home))
             partial += 1
             assert not key.exists() or not any(key.read_bytes())
         if folder != copies[-1]:
+            cut += owner.status(open_home(folder))["forget_was_cut"]
             forget(open_home(folder))
         assert not key.exists()
         assert not (folder / "vault").exists()
@@ -534,7 +559,7 @@ forget(open_home(home))
         with open_home(folder).ledger() as ledger:
             assert ledger.history()[-1].kind == "forget"
             assert {standing.state for standing in ledger.consents()} == {"withdrawn"}
-    assert partial > 5
+    assert min(partial, cut) > 5
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y", 0), ("Yes", 0), ("", 2), ("no", 2), (None, 2)])

@@ -11,7 +11,10 @@ import pytest
 import scipy.stats
 
 from shared.accounting import Mechanism, epsilon, epsilon_together, grid_excess
+from shared.adapter import MAX_ABS_VALUE
+from shared.clipping import _ROUNDING_MARGIN
 from shared.noise import GRID_SIGMA
+from shared.policy import _COARSEST
 from shared.wire import REFUSALS
 from sottovoce import cli
 
@@ -122,6 +125,34 @@ def test_campaigns_together():
         assert float(reserved_epsilon) == 8 * int(count)
         assert float(reserved_delta) == pytest.approx(DELTA * int(count))
         assert is_rounded_up(together, epsilon_together(campaigns, delta=float(reserved_delta)))
+
+
+def test_a_filter_would_stop_early():
+    """One Gaussian release of noise z costs alpha / 2 z^2 in Rényi divergence of order alpha."""
+    rows, orders = table("filter"), [1 + step / 100 for step in range(1, 10_000)]
+    assert [row[0] for row in rows] == ["1", "2", "4", "8"]
+    for (target, noise, allowed), wanted in zip(rows, noise_table()["1", "1", "20"], strict=True):
+        assert noise == wanted
+        found = max(
+            (float(target) - math.log(1 - 1 / a) + math.log(DELTA * a) / (a - 1)) * 2 * float(noise) ** 2 / a
+            for a in orders
+        )
+        assert int(allowed) == int(found)
+
+
+def test_the_constants_of_the_proof_are_those_of_the_code():
+    assert _ROUNDING_MARGIN == 1e-5
+    assert _COARSEST / 2 == 0.01  # of C, half a cell's diagonal
+    assert MAX_ABS_VALUE == 1000
+    assert math.exp(5e-5) * (1 - 1e-4 + 1e-5) < 1
+    fine = mechanism(2.69, "1", "1", 20)
+    noises = COORDINATES * 20
+    t_squared = 2 * (8 + math.log(4 * noises / (1e-5 * DELTA)))
+    wanted = noises * (t_squared + 1) / (24 * GRID_SIGMA**2)
+    assert grid_excess(fine, epsilon=8.0, delta=DELTA) == pytest.approx(wanted)
+    sizes = [int(share * 5e-5 * 24 * GRID_SIGMA**2 / 20) for share in (0.999, 1.001)]  # M / 24 s^2 around its limit
+    below, above = (grid_excess(mechanism(2.69, "1", "1", 20, n), epsilon=8.0, delta=DELTA) for n in sizes)
+    assert below < math.inf == above
 
 
 def test_signal_against_noise():

@@ -39,35 +39,41 @@ ENTRIES = {
 def test_exactly_the_allowed_combinations_pass_and_others_are_told_what_is(install_package):
     """Every registered method, personal method, technique, unit and trust, with those of a package among them."""
     install_package("ext", OUTSIDE, ENTRIES)
-    personal = names("personal_methods", PERSONAL_METHODS)
-    assert {"none", "fine-tune", "apart", "joint", "silent", "undeclared"} <= set(personal)
+    personals = names("personal_methods", PERSONAL_METHODS)
+    assert {"none", "fine-tune", "apart", "joint", "silent", "undeclared"} <= set(personals)
     kinds = (
         names("federation_methods", FEDERATION_METHODS),
-        personal,
+        personals,
         names("techniques", TECHNIQUES),
         UNITS,
         TRUSTS,
     )
-    passed = set()
+    passed, refused = set(), {}
     for combination in itertools.product(*kinds):
-        chosen = Choices(*combination)
-        if chosen.trust == "none":
-            check_compatible(chosen)
-            continue
         try:
-            check_compatible(chosen)
+            check_compatible(Choices(*combination))
             passed.add(combination)
         except PrivacyError as error:
-            if (chosen.unit, chosen.trust) == ("record", "local"):
-                assert repr(chosen.personal_method) in str(error)
-                assert f"allowed personal methods here: {list(SEQUENTIAL)}" in str(error)
-                assert "read_by_shared_step = False" in str(error)
-            else:
-                assert "allowed: unit 'record' under trust 'local'" in str(error)
-    federations, _, techniques, _, _ = kinds
+            refused[combination] = str(error)
+    everything = itertools.product(*kinds)
     unread = (*SEQUENTIAL, "apart")
-    assert passed == set(itertools.product(federations, unread, techniques, ["record"], ["local"]))
-    assert len(passed) >= 18
+    assert passed == {
+        (federation, personal, technique, unit, trust)
+        for federation, personal, technique, unit, trust in everything
+        if trust == "none" or (unit == "record" and trust == "local" and personal in unread)
+    }
+    for (_, personal, _, unit, trust), says in refused.items():
+        if (unit, trust) == ("record", "local"):
+            assert repr(personal) in says
+            assert f"allowed personal methods here: {list(SEQUENTIAL)}" in says
+            assert "read_by_shared_step = False" in says
+        else:
+            assert "allowed: unit 'record' under trust 'local'" in says
+    assert {personal for _, personal, *rest in refused if rest[1:] == ["record", "local"]} == {
+        "joint",
+        "silent",
+        "undeclared",
+    }
 
 
 @pytest.mark.parametrize("field", ["federation_method", "personal_method", "technique"])
@@ -91,23 +97,40 @@ class JointHead(RatingHead):
         return super().predict(hidden, mask) + self.features(hidden, mask) @ self.private + self.level
 
 
-@pytest.fixture(scope="module")
-def setting(steps, tiny_base, tiny_texts):
-    return steps.rating(tiny_base, tiny_texts[:12])
-
-
-def joint_head(setting, base, rows):
-    """A head with the private part these records give it; fitted as ``fine-tune`` fits, on the shared start."""
+def joint_head(setting, rows):
+    """A head with the private part of some records: fitted on the shared start as ``fine-tune`` does, by default."""
     plain = setting.fresh_head()
     load_shared(plain, setting.start)
     features = setting.features.select(rows)
-    pooled = pooled_features(plain, features)
     hidden, mask = features.batch(range(len(rows)))
     with torch.no_grad():
         residuals = np.array([setting.targets[row] for row in rows]) - plain.predict(hidden, mask).numpy()
+    pooled = pooled_features(plain, features)
     fitted = fit_ridge(pooled, residuals, mean=plain.mean.detach().numpy(), personal=PersonalConfig())
-    joint = setting.joint(base)
+    joint = JointHead(plain.base[0], setting.scenario)
+    joint.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
         joint.private.copy_(torch.from_numpy(fitted.weight))
         joint.level.fill_(fitted.bias)
     return joint
+
+
+def test_a_noiseless_private_part_in_the_shared_step_moves_the_sum_by_three_times_the_clip_norm(
+    steps, tiny_base, tiny_texts
+):
+    """One record more refits the private part, which turns the gradients of all the others; ours turns nothing."""
+    setting = steps.rating(tiny_base, tiny_texts, method="fedavg")
+    policy = setting.policy(clip_norm=0.01)
+    everybody = range(len(setting))
+    fewer = [row for row in everybody if row != 8]
+
+    def moved(head_of):
+        one, other = (
+            setting.train(policy, rows=rows, module=make_trainable(head_of(rows), policy))
+            for rows in (fewer, everybody)
+        )
+        return setting.moved(policy, one, other) / policy.clip_norm
+
+    assert moved(lambda rows: joint_head(setting, rows)) > 2.5
+    assert moved(lambda _: joint_head(setting, fewer)) <= 1 + 1e-4  # one that does not read the record is harmless
+    assert 0.9 <= moved(lambda _: setting.fresh_head()) <= 1 + 1e-4

@@ -82,8 +82,8 @@ class Setting:
             "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 2.0, "sampling_rate": 1.0, "steps": 1,
             "denominator": 4.0, "max_participations": 5, "max_update_norm": 1e9, "learning_rate": 0.7, "rounds": 5,
             "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "none", "head_blocks": 1,
-            "settings_sha256": "h", "base_sha256": "b",
-            "technique": "lora", "reply_fields": ("arrays", "config.policy", "config.round"), "start_sha256": "s", "public_texts_sha256": "p",
+            "settings_sha256": "h", "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
+            "technique": "lora", "reply_fields": ("arrays", "config.policy", "config.round"),
             "slots": tuple((slot.name, slot.shape) for slot in shared_slots(head)),
         }  # fmt: skip
         constants |= changes
