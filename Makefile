@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := client server shared simulations sottovoce tests
 # pip would compile every file of every package; Python compiles what it imports, once, if it may write it down.
@@ -23,7 +24,7 @@ check: $(VENV)/.dev ## lint, format, types, fast tests
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 check-all: check ## the same, then the slow tests: real assets, whole runs, a browser
 	$(BIN)/python -m pytest -m slow

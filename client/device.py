@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 from flwr.app import ConfigRecord, Context
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from client.home import Home, open_home
@@ -21,18 +22,19 @@ from client.ledger import Ledger
 from client.log import note
 from client.site import Workbench, accepted_campaign, open_site, open_workbench
 from client.vault import Vault
-from shared.adapter import Arrays
+from shared.adapter import Arrays, within_bound
 from shared.campaign import Campaign, read_resumed
-from shared.errors import RefusedError
+from shared.errors import CampaignError, RefusedError
 from shared.features import Features, compute_hidden
 from shared.files import write_atomically
 from shared.flower import in_simulation
 from shared.noise import Randomness, SecureRandomness, SeededRandomness
+from shared.policy import Policy
 from shared.tasks import TASKS, Labels, Scores, Targets
 from shared.wire import Request
 
-_STATE = "participation"
-SHARED = "shared.safetensors"  # the newest shared arrays a device was sent; released, so public
+_STATE, _ROUND = "participation", "round"
+_SHARED = "shared.safetensors"  # the newest shared arrays a device was sent, with their round; released, so public
 
 
 class Device(Protocol):
@@ -167,7 +169,7 @@ class OwnedDevice:
         )
         _note("spent" if payload is None else "repeated", campaign, request)
         if payload is None:
-            write_atomically(self._home.campaign_folder(campaign.policy.sha256) / SHARED, save(request.arrays))
+            _keep_shared(self._home, request)
             return None
         return {slot.name: load(payload)[slot.name] for slot in campaign.policy.array_slots()}
 
@@ -186,6 +188,33 @@ class OwnedDevice:
         payload = save(update)
         self._ledger.release(policy=campaign.policy.sha256, round_number=request.round_number, payload=payload)
         _note("released", campaign, request)
+
+
+def _keep_shared(home: Home, request: Request) -> None:
+    content = save({**request.arrays, _ROUND: np.array([request.round_number])})
+    write_atomically(home.campaign_folder(request.policy_sha256) / _SHARED, content)
+
+
+def newest_shared(home: Home, policy: Policy) -> tuple[Arrays, int] | None:
+    """The newest shared arrays a device was sent, and in which round; None before its first.
+
+    Raises:
+        CampaignError: They are damaged.
+    """
+    path = home.campaign_folder(policy.sha256) / _SHARED
+    if not path.exists():
+        return None
+    try:
+        found = load(path.read_bytes())
+        arrays = {slot.name: found[slot.name] for slot in policy.array_slots()}
+        round_number = int(found[_ROUND].item())
+    except (SafetensorError, KeyError, ValueError):
+        raise CampaignError(
+            f"{path} must hold the campaign's arrays, it is damaged; wait for the next round."
+        ) from None
+    if not within_bound(arrays):
+        raise CampaignError(f"{path} must hold usual numbers, got others; wait for the next round.")
+    return arrays, round_number
 
 
 def _note(event: str, campaign: Campaign, request: Request) -> None:

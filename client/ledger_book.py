@@ -282,7 +282,7 @@ def check_anchor(events: Sequence[Event], stored: bytes | None) -> None:
             code="ROLLBACK",
         )
     if not follows_anchor(events, stored):
-        raise LedgerError("the ledger must be the one the keystore remembers, it has another history.")
+        raise DamagedError("the ledger must be the one the keystore remembers, it has another history.")
 
 
 def follows_anchor(events: Sequence[Event], stored: bytes) -> bool:

@@ -1,7 +1,7 @@
 """What an owner may do with a home: begin, add records, consent, look, pause, roll back. Functions that return data.
 
 Words and parsers are in client/owner_cli.py, deletion is in client/forget.py. Nothing here returns or logs a record's
-text. Needs no more than the base install; consent, which certifies a campaign, is in client/offer.py.
+text. Needs no more than the base install; consent, which certifies a campaign, is in client/consent.py.
 """
 
 import contextlib

@@ -179,14 +179,14 @@ def _add_records(options: argparse.Namespace) -> int:
 
 
 def _consent(options: argparse.Namespace) -> int:
-    from client.offer import accept, examine_offer  # loads torch
+    from client.consent import agree, examine_offer  # loads torch
     from shared.signing import load_public
 
     home, operator, until = open_owner_home(options.home), load_public(options.operator), _day(options.until)
     offer = examine_offer(home, options.campaign, operator=operator, until=until)
     _say(*offer_lines(offer))
     _confirm("Do you agree?", yes=options.yes)
-    accept(home, options.campaign, operator=operator, until=until)
+    agree(home, options.campaign, operator=operator, until=until)
     _say(f"agreed. The price is reserved; take it back with: sottovoce client withdraw {offer.policy[:12]}")
     return 0
 

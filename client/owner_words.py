@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from client.offer import Offer
+    from client.consent import Offer
 
 NOT_DETECTABLE = (
     "roll-back not detectable: whoever puts an older backup of this home back, by mistake too, puts the keys back with "

@@ -13,16 +13,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from client.artifact import MANIFEST
-from client.device import SHARED, read_inputs
+from client.device import newest_shared, read_inputs
 from client.home import Home
 from client.ledger import Standing
 from client.owner import checked_ledger, find_consent
 from client.personalize import PrivateOutput, fit_lora, fit_output, text_predictions
 from client.site import Workbench, resident_base, use_threads
-from shared.adapter import Arrays, load_shared, load_start, read_start, within_bound
+from shared.adapter import Arrays, load_shared, load_start, read_start
 from shared.campaign import Campaign, read_campaign
 from shared.config import Scenario
 from shared.errors import CampaignError, LedgerError, StoreError
@@ -90,11 +89,9 @@ def personalize(
     Guarantee:
         No file but sealed ones is written.
     """
-    standing, round_number = _choose(home, prefix)
-    campaign = _kept_campaign(home, standing.consent.policy)
-    arrays = _newest_arrays(home, campaign.policy)
-    if arrays is None:
-        round_number, arrays = 0, {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
+    campaign = _kept_campaign(home, _choose(home, prefix).consent.policy)
+    start = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
+    arrays, round_number = newest_shared(home, campaign.policy) or (start, 0)
     bench = _bench(campaign)
     records = home.records().read()
     if not records:
@@ -129,19 +126,16 @@ def claim_of(policy: Policy) -> str:
     )
 
 
-def _choose(home: Home, prefix: str | None) -> tuple[Standing, int]:
-    """The campaign to personalize, and the newest round this device was asked in."""
+def _choose(home: Home, prefix: str | None) -> Standing:
+    """The campaign to personalize."""
     with checked_ledger(home) as ledger:
-        standings, events = ledger.consents(), ledger.history()
+        standings = ledger.consents()
     if prefix is not None:
-        standing = find_consent(standings, prefix)
-    elif len(standings) == 1:
-        standing = standings[0]
-    else:
+        return find_consent(standings, prefix)
+    if len(standings) != 1:
         known = ", ".join(standing.consent.policy[:12] for standing in standings) or "none"
         raise LedgerError(f"--campaign must name one of the campaigns you consented to ({known}), got none.")
-    spends = [e.round_number or 0 for e in events if e.kind == "spend" and e.policy == standing.consent.policy]
-    return standing, max(spends, default=0)
+    return standings[0]
 
 
 def _kept_campaign(home: Home, policy_sha256: str) -> Campaign:
@@ -154,23 +148,6 @@ def _kept_campaign(home: Home, policy_sha256: str) -> Campaign:
         raise CampaignError(f"{campaign.folder} must hold the policy you agreed to; it was altered.")
     check_extensions(campaign.policy, campaign.scenario)
     return campaign
-
-
-def _newest_arrays(home: Home, policy: Policy) -> Arrays | None:
-    """The newest shared arrays this device was sent; None before its first round."""
-    path = home.campaign_folder(policy.sha256) / SHARED
-    if not path.exists():
-        return None
-    try:
-        found = load(path.read_bytes())
-        arrays = {slot.name: found[slot.name] for slot in policy.array_slots()}
-    except (SafetensorError, KeyError):
-        raise CampaignError(
-            f"{path} must hold the campaign's arrays, it is damaged; wait for the next round."
-        ) from None
-    if not within_bound(arrays):
-        raise CampaignError(f"{path} must hold usual numbers, got others; wait for the next round.")
-    return arrays
 
 
 def _bench(campaign: Campaign) -> Workbench:

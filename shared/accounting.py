@@ -126,8 +126,8 @@ def grid_excess(mechanism: Mechanism, *, epsilon: float, delta: float) -> float:
         cancels between neighbours, -1 / (24 s^2) <= log r(k) / p(k) <= k^2 / (24 s^4) (by sinh(x) / x <= exp(x^2 / 6)
         and Jensen). Hence, with all N noises within t s, p on D is at most exp(N / 24 s^2) times r on D, and r on D' at
         most exp(N t^2 / 24 s^2) times p on D'; t is such that e^epsilon times the chance of a noise beyond it is below
-        1e-5 of delta, which grows by exp(N / 24 s^2) at most, as the constant is positive. Sampling does not matter: the
-        bound holds given every draw. ``shared/noise.py`` has the two inequalities, docs/privacy.md the steps.
+        1e-5 of delta, which grows by exp(N / 24 s^2) at most, as the constant is positive. Sampling does not matter:
+        the bound holds given every draw. ``shared/noise.py`` has the two inequalities, docs/privacy.md the steps.
     """
     if not mechanism.coordinates:
         return 0.0

@@ -33,8 +33,8 @@ COSTS = {
     "peak_rss_mib": "Peak memory, MiB",
 }
 STAMPS = {
-    "noise: seeded": "The noise of this run came from the seeds in its folder: it protects nobody. "
-    "A real device draws from its operating system's generator.",
+    "noise: seeded": "Whoever has this run's folder can compute its noise: it protects nobody. "
+    "A device with an owner draws noise that nobody can repeat.",
     "tuning: not covered": "Settings were tuned on validation rows of the campaign's own users; "
     "ε does not cover that choice.",
 }

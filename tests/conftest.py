@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import platformdirs
 import pytest
@@ -16,7 +17,7 @@ from shared.model import Base
 @pytest.fixture(scope="session")
 def make_tiny_base() -> Callable[..., Base]:
     """The builder of ``tests/tiny.py``: (folder, *, layers=2, seed=0) -> Base."""
-    return _load_tiny().tiny_base
+    return _load("tiny").tiny_base
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,7 @@ def tiny_base(make_tiny_base, tmp_path_factory) -> Base:
 @pytest.fixture(scope="session")
 def tiny_texts() -> list[str]:
     """Different texts of different lengths, one of them empty."""
-    return list(_load_tiny().TEXTS)
+    return list(_load("tiny").TEXTS)
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +65,13 @@ def tiny_fleet(tiny_base, tiny_graph, tiny_texts, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny():
     """The builders of ``tests/tiny.py``."""
-    return _load_tiny()
+    return _load("tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """The folder of a random two-layer causal language model. Read only."""
-    return _load_tiny().tiny_llama(tmp_path_factory.mktemp("tiny-llama") / "model")
+    return _load("tiny").tiny_llama(tmp_path_factory.mktemp("tiny-llama") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +95,7 @@ def tiny_lm_fleet(tiny_llama, tiny_texts, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_world(tiny_base, tmp_path_factory) -> Callable[..., Path]:
     """(folder, *, body="", users=12) -> path of a scenario over the tiny base and an invented data set."""
-    tiny = _load_tiny()
+    tiny = _load("tiny")
     data = tiny.tiny_movielens(tmp_path_factory.mktemp("tiny-movielens"))
 
     def write(folder: Path, *, body: str = "") -> Path:
@@ -137,9 +138,9 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def _load_tiny():
-    """``tests/tiny.py``, which no import name reaches."""
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+def _load(name: str) -> ModuleType:
+    """A module beside this one, which no import name reaches."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -148,19 +149,13 @@ def _load_tiny():
 @pytest.fixture(scope="session")
 def ledgers():
     """The module ``tests/ledgers.py``: ledgers, keystores, clocks and children to kill."""
-    spec = importlib.util.spec_from_file_location("ledgers", Path(__file__).with_name("ledgers.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load("ledgers")
 
 
 @pytest.fixture(scope="session")
 def invented():
     """The module ``tests/invented.py``: run folders made up by formula."""
-    spec = importlib.util.spec_from_file_location("invented", Path(__file__).with_name("invented.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load("invented")
 
 
 @pytest.fixture
@@ -216,10 +211,7 @@ for n in range(1, 200):
 @pytest.fixture(scope="session")
 def homes():
     """The module ``tests/homes.py``: signed campaigns, owners' homes, and requests to them."""
-    spec = importlib.util.spec_from_file_location("homes", Path(__file__).with_name("homes.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load("homes")
 
 
 @pytest.fixture(scope="session")
@@ -233,10 +225,7 @@ def published(homes, tiny_world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def steps():
     """The module ``tests/steps.py``: real heads, and randomness that is silent, replayed or counted."""
-    spec = importlib.util.spec_from_file_location("steps", Path(__file__).with_name("steps.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load("steps")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from shared import wire
 from shared.campaign import Campaign, write_campaign
 from shared.config import load_scenario
 from shared.flower import InlineGrid
-from shared.signing import fingerprint, load_private, load_public, new_key, sign_policy
+from shared.signing import load_private, load_public, new_key, sign_policy
 from simulations.campaigns import plan_campaigns
 
 UNTIL = date(2099, 1, 1)
@@ -64,7 +64,6 @@ def consent(home: Home, published: SimpleNamespace) -> Campaign:
         home,
         published.campaign.folder,
         operator=published.key,
-        operator_name=fingerprint(published.key),
         until=UNTIL,
     )
 

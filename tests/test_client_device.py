@@ -224,9 +224,7 @@ def test_a_backup_restored_with_its_keys_is_noticed_by_the_server_s_count(homes,
     assert reserved(home)[1] == [2]
 
 
-def test_a_copied_home_has_no_keys_in_the_system_s_keyring(
-    homes, published, tmp_path, system_keyring
-):
+def test_a_copied_home_has_no_keys_in_the_system_s_keyring(homes, published, tmp_path, system_keyring):
     home = homes.make_home(tmp_path / "home", published, keystore="os")
     shutil.copytree(home.folder, tmp_path / "clone")
     assert homes.ask(tmp_path / "clone", published.campaign)[0] in {"LEDGER", "STORE"}
@@ -308,7 +306,7 @@ class TestConsent:
         (folder / "policy.json").write_text(policy.model_dump_json(), encoding="utf-8")
 
         def agreed():
-            return agree(home, folder, operator=published.key, operator_name="o", until=homes.UNTIL)
+            return agree(home, folder, operator=published.key, until=homes.UNTIL)
 
         with pytest.raises(PrivacyError, match="sign"):
             agreed()
@@ -341,11 +339,11 @@ class TestConsent:
         path = folder / "start.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
         with pytest.raises(CampaignError, match="start the policy names"):
-            agree(home, folder, operator=published.key, operator_name="o", until=homes.UNTIL)
+            agree(home, folder, operator=published.key, until=homes.UNTIL)
         scenario = folder / "scenario.json"
         shutil.copyfile(published.campaign.folder / "start.safetensors", path)
         settings = json.loads(scenario.read_text())
         settings["training"]["learning_rate"] = 9.0
         scenario.write_text(json.dumps(settings))
         with pytest.raises(CampaignError, match="settings the policy names"):
-            agree(home, folder, operator=published.key, operator_name="o", until=homes.UNTIL)
+            agree(home, folder, operator=published.key, until=homes.UNTIL)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from client import offer, owner
+from client import consent, owner
 from client.forget import forget
 from client.home import open_home
 from client.owner_cli import default_home
@@ -234,9 +234,9 @@ def test_consent_shows_what_is_asked_and_needs_a_yes(home, operator, published, 
 def test_the_bytes_consent_shows_are_those_history_counts(homes, published, tmp_path):
     home = homes.make_home(tmp_path / "a")
     until = date(2099, 1, 1)
-    asked = offer.examine_offer(home, published.campaign.folder, operator=published.key, until=until)
+    asked = consent.examine_offer(home, published.campaign.folder, operator=published.key, until=until)
     owner.add(home, published.dataset.users[0].train)
-    offer.accept(home, published.campaign.folder, operator=published.key, until=until)
+    consent.agree(home, published.campaign.folder, operator=published.key, until=until)
     assert homes.ask(home, published.campaign)[0] is None
     [sent] = [event for event in owner.history(home) if event["event"] == "release"]
     assert sent["size_bytes"] == asked.payload_bytes

@@ -186,7 +186,7 @@ def test_what_cannot_be_fitted_is_refused_and_the_shelf_stays(home, homes, publi
         arrays = moved(published.campaign)
         first = next(iter(arrays))
         arrays[first] = np.full_like(arrays[first], value)
-        shared.write_bytes(save(arrays))
+        shared.write_bytes(save({**arrays, "round": np.array([1])}))
         refused(capsys, *common)
     shared.write_bytes(save({"other": np.zeros(2, "float32")}))
     refused(capsys, *common)

@@ -198,7 +198,7 @@ def test_one_record_moves_the_step_by_at_most_the_clip_norm(setting):
 
 
 def test_what_one_record_moves_of_the_others_is_far_within_the_margin(setting):
-    """Records share batches, whose shape decides the last bits of every gradient: no proof covers that, a margin does."""
+    """Records share batches, whose shape decides the last bits of a gradient: no proof covers that, a margin does."""
     policy = setting.policy(clip_norm=0.05)
     whole = flat(setting.update(policy))
     for added in range(len(setting.targets)):

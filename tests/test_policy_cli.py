@@ -13,7 +13,8 @@ import simulations.publish
 from shared.accounting import calibrate_noise, epsilon
 from shared.campaign import read_campaign
 from shared.config import load_scenario
-from shared.policy import extensions, hash_arrays, hash_settings
+from shared.noise import GRID_SIGMA
+from shared.policy import FLOAT_MARGIN, extensions, hash_arrays, hash_settings
 from shared.signing import fingerprint, load_private, load_public, sign_policy
 from simulations.publish import WORDS, publish
 from sottovoce.cli import main
@@ -93,7 +94,7 @@ def test_a_campaign_is_calibrated_for_its_target_and_roster(scenario, run, tmp_p
     policy = campaign.policy
     assert (policy.epsilon, policy.delta, policy.max_participations) == (2.0, 1e-5, 2)
     assert 2 * 0.998 <= epsilon(policy.mechanism, delta=1e-5) <= 2
-    assert policy.noise_multiplier == calibrate_noise(
+    assert policy.noise_multiplier == (1 + FLOAT_MARGIN) * calibrate_noise(
         epsilon=2.0,
         delta=1e-5,
         sampling_rate=1.0,
@@ -270,7 +271,8 @@ def test_a_policy_of_another_format_passes_but_not_another_spelling(place, run, 
 
 def lowered_noise(folder):
     policy = read_campaign(folder).policy
-    alter(folder, noise_multiplier=policy.noise_multiplier * 0.95, grid=policy.grid * 0.95)
+    lower = policy.noise_multiplier * 0.95
+    alter(folder, noise_multiplier=lower, grid=lower * policy.clip_norm / GRID_SIGMA)
 
 
 def other_start(folder):

@@ -18,10 +18,10 @@ from shared.policy import Policy
 
 POLICY = Policy(
     protocol=1, campaign="c", trust="local", unit="record", relation="add-or-remove-one", epsilon=8.0, delta=1e-5,
-    clip_norm=1.0, noise_multiplier=1.0, sampling_rate=1.0, steps=1, denominator=4.0, max_participations=5,
+    clip_norm=1.0, noise_multiplier=1.0, grid=2**-24, sampling_rate=1.0, steps=1, denominator=4.0, max_participations=5,
     max_update_norm=10.0, learning_rate=1.0, rounds=5, cohort_size=2, federation_method="ffa-lora",
-    personal_method="none", head_blocks=0, settings_sha256="h", base_sha256="b", start_sha256="s",
-    public_texts_sha256="p", reply_fields=("arrays",), technique="lora", grid=2**-24, slots=(("a", (2,)), ("b", (1, 2))),
+    personal_method="none", technique="lora", head_blocks=0, settings_sha256="h", base_sha256="b", start_sha256="s",
+    public_texts_sha256="p", reply_fields=("arrays",), slots=(("a", (2,)), ("b", (1, 2))),
 )  # fmt: skip
 GOOD = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[3.0, 4.0]], np.float32)}
 
