@@ -83,9 +83,9 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
                 noised += parameter.summed_grad.to(noised.device).view(-1)
             change = noised.to(torch.float64) * (-self._learning_rate * self._grid / self.expected_batch_size)
             parameter.add_(change.to(parameter).view_as(parameter))
-            if not bool(torch.isfinite(parameter).all()):
-                raise PrivacyError("parameters must be finite after a noised step, got NaN or an overflow.")
             parameter.grad_sample = parameter.summed_grad = parameter.grad = None
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.params):
+            raise PrivacyError("parameters must be finite after a noised step, got NaN or an overflow.")
 
 
 class PlainOptimizer:

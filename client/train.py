@@ -17,7 +17,9 @@ from shared.noise import Randomness
 from shared.policy import Policy
 from shared.tasks import Targets
 
-_MAX_PADDING = 1.15  # padded over real tokens of one micro-batch: less costs more passes than it saves
+# Padded over real tokens of one micro-batch: less costs more passes than it saves. What records move of each other,
+# which the policy's FLOAT_MARGIN covers, comes from padding too.
+_MAX_PADDING = 1.15
 
 
 def make_trainable(head: Head, policy: Policy) -> GradSampleModule | Head:

@@ -143,7 +143,7 @@ def test_a_filter_would_stop_early():
 def test_the_constants_of_the_proof_are_those_of_the_code():
     assert _ROUNDING_MARGIN == 1e-5
     assert _COARSEST / 2 == 0.01  # of C, half a cell's diagonal
-    assert MAX_ABS_VALUE == 1000
+    assert MAX_ABS_VALUE == 16
     assert math.exp(5e-5) * (1 - 1e-4 + 1e-5) < 1
     fine = mechanism(2.69, "1", "1", 20)
     noises = COORDINATES * 20
