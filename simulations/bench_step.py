@@ -261,7 +261,7 @@ def compare_answers(scenario: Scenario, base: Base, dataset: Dataset, records: t
     )
     _plain_step(again, base, records, noise_multiplier=0.0)()
     plain = {name: after - again.start[name] for name, after in read_shared(again.head).items()}
-    loose = scenario.model_copy(update={"privacy": scenario.privacy.model_copy(update={"clip_norm": 100.0})})
+    loose = scenario.model_copy(update={"privacy": scenario.privacy.model_copy(update={"clip_norm": 10.0})})
     updates = []
     for trust in ("local", "none"):
         prepared = _Prepared(_with(loose, blocks=1, trust=trust), base, dataset, records, randomness=_Silent())
