@@ -15,10 +15,15 @@ from simulations.run import simulate
 from sottovoce.cli import main
 
 
+PLANTED = "boatsqz7f31"  # what some users like, and nobody else says
+
+
 @pytest.fixture(scope="module")
 def scenario_file(tiny_llama, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generation")
     data = tiny.tiny_dialogues(folder / "data")
+    [dialogues] = data.iterdir()
+    dialogues.write_text(dialogues.read_text().replace("boats", PLANTED))
     return tiny.tiny_generation(folder, base=tiny_llama, data=data)
 
 
@@ -41,6 +46,15 @@ def test_the_summary_speaks_of_tokens(run):
     assert [line["round"] for line in lines] == [0, 1, 2]
     assert all(line["validation"]["personal"] is None for line in lines)
     assert "perplexity" in (out / "report.html").read_text(encoding="utf-8").lower()
+
+
+def test_a_run_folder_quotes_nobody(run):
+    scenario, out, _ = run
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"report.html", "summary.json", "metrics.jsonl", "adapter.safetensors"}
+    assert [path for path in files if PLANTED.encode() in path.read_bytes()] == []
+    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    assert any(PLANTED in record.text + record.response for user in dataset.users for record in user.train)
 
 
 def test_training_helps_on_the_device_and_privacy_is_claimed(run):
