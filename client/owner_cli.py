@@ -151,7 +151,7 @@ def _init(options: argparse.Namespace) -> int:
     folder = options.home or default_home()
     home = begin(folder, keystore=options.keystore, cap_epsilon=options.cap_epsilon, cap_delta=options.cap_delta)
     _say(
-        f"home: {home.folder}",
+        f"home: {plain(home.folder)}",
         *key_lines(home.keystore.name, weak=home.keystore.weak, detects=home.keystore.detects_rollback),
         f"caps: epsilon {options.cap_epsilon:g}, delta {options.cap_delta:g}. {CAPS}",
     )
@@ -179,15 +179,20 @@ def _add_records(options: argparse.Namespace) -> int:
 
 
 def _consent(options: argparse.Namespace) -> int:
-    from client.consent import agree, examine_offer  # loads torch
+    from client.consent import agree, examine_offer, put_back  # loads torch
     from shared.signing import load_public
 
     home, operator, until = open_owner_home(options.home), load_public(options.operator), _day(options.until)
+    if put_back(home, options.campaign, operator=operator):
+        _say("the home's copy of this campaign was gone and is put back; you had agreed, nothing more is reserved")
+        return 0
     offer = examine_offer(home, options.campaign, operator=operator, until=until)
     _say(*offer_lines(offer))
     _confirm("Do you agree?", yes=options.yes)
-    agree(home, options.campaign, operator=operator, until=until)
-    _say(f"agreed. The price is reserved; take it back with: sottovoce client withdraw {offer.policy[:12]}")
+    agree(home, options.campaign, operator=operator, until=until, shown=offer.policy)
+    _say(
+        f"agreed. The price is reserved for good; take part no more with: sottovoce client withdraw {offer.policy[:12]}"
+    )
     return 0
 
 

@@ -23,6 +23,7 @@ from client.personalize import PrivateOutput, fit_lora, fit_output, text_predict
 from client.site import Workbench, resident_base, use_threads
 from shared.adapter import Arrays, load_shared, load_start, read_start
 from shared.campaign import Campaign, read_campaign
+from shared.claims import record_claim
 from shared.config import Scenario
 from shared.errors import CampaignError, LedgerError, StoreError
 from shared.features import Features
@@ -100,7 +101,7 @@ def personalize(
     settings: dict[str, Any] = {
         "base_folder": base_folder,
         "user": OWNER,
-        "privacy": {"claim": claim_of(campaign.policy), "policy_sha256": campaign.policy.sha256},
+        "privacy": {"claim": _claim(campaign.policy), "policy_sha256": campaign.policy.sha256},
         "created": home.clock(),
     }
     texts = list(dict.fromkeys((*PROBES, *(record.text for record in records[:_OWN_PROBES]))))
@@ -116,14 +117,10 @@ def personalize(
     return Personalized(version, len(targets), shared, json.loads(files[MANIFEST])["parity"]["max_abs"])
 
 
-def claim_of(policy: Policy) -> str:
+def _claim(policy: Policy) -> str:
     """What the shared part of a head may say about this device's records."""
-    bounds = f"(epsilon = {policy.epsilon:g}, delta = {policy.delta:g})"
-    return (
-        f"{policy.unit.capitalize()}-level {bounds}-differential privacy of what left this device, for at most "
-        f"{policy.max_participations} rounds; neighbours: {policy.relation}; trust: nobody (local noise on each "
-        "device); noise: from the operating system's cryptographic generator."
-    )
+    delta = policy.delta or 0.0  # a device takes part in private campaigns only, whose policies state it
+    return record_claim(policy.mechanism, delta=delta, noise="secure").sentence()
 
 
 def _choose(home: Home, prefix: str | None) -> Standing:

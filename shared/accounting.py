@@ -1,11 +1,9 @@
-"""Price in epsilon what one device releases over a campaign, find the noise for a target, say it in words."""
+"""Price in epsilon what one device releases over a campaign, and find the noise for a target."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 from shared.errors import PrivacyError
@@ -19,13 +17,6 @@ _TOLERANCE = 2e-3  # relative: calibrated epsilon below its target, and noise ab
 _GRID_STEPS = 1e5  # a grid finer than epsilon / 1e5 costs seconds and changes the sixth digit
 
 _TOGETHER_GRID = 1e-3  # pessimistic by less than .001 a campaign
-RELATION = "one training record added or removed"
-TRUST = {"local": "nobody (local noise on each device)", "none": "everyone"}
-NOISE = {
-    "seeded": "this is what a deployment with these settings would spend; this simulation's noise is seeded, "
-    "its seeds are in the run folder",
-    "none": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -71,6 +62,13 @@ class Mechanism:
     def releases(self) -> int:
         """Noisy steps over the whole campaign."""
         return self.steps * self.max_participations
+
+    @property
+    def chance_of_a_draw(self) -> float:
+        """Probability that a record enters any step at all: at a delta of as much even no noise would do."""
+        if self.sampling_rate == 1:
+            return 1.0
+        return -math.expm1(self.releases * math.log1p(-self.sampling_rate))
 
     @property
     def continuous(self) -> "Mechanism":
@@ -214,7 +212,7 @@ def calibrate_noise(
         )
     _check_delta(delta)
     unit = Mechanism(1.0, sampling_rate, steps, max_participations, coordinates, grid_sigma)
-    if sampling_rate < 1 and delta >= -math.expm1(unit.releases * math.log1p(-sampling_rate)):
+    if delta >= unit.chance_of_a_draw:
         raise PrivacyError(
             f"privacy.delta must be below the chance that a record is ever sampled, got {delta}: "
             "the target would hold without noise and protect nobody. A common choice is 1e-5."
@@ -228,110 +226,6 @@ def calibrate_noise(
         grid = max(1e-4, share * epsilon)
         noise = search(noise, lambda m, grid=grid: _price(m.continuous, delta, grid))  # type: ignore[misc]
     return search(noise, lambda m: _price_all(m, delta, 1e-4))  # as a rule a single evaluation
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a run may say about privacy; under ``trust = "none"``, that it claims nothing.
-
-    Args:
-        trust: Key of ``TRUST``.
-        unit: What is protected, such as ``"record"``; ``"none"`` without a claim.
-        relation: What neighbours differ in.
-        epsilon: Certified epsilon for the whole campaign; None without a claim.
-        delta: The delta it holds with; None without a claim.
-        sampling: How records enter a step.
-        accountant: What priced it, with version.
-        max_participations: Rounds one device may join.
-        noise: Key of ``NOISE``.
-
-    Raises:
-        PrivacyError: Trust or noise is unknown, or the fields contradict each other.
-    """
-
-    trust: str
-    unit: str
-    relation: str
-    epsilon: float | None
-    delta: float | None
-    sampling: str
-    accountant: str
-    max_participations: int
-    noise: str
-
-    def __post_init__(self) -> None:
-        if self.trust not in TRUST or self.noise not in NOISE:
-            raise PrivacyError(
-                f"A claim must have a trust of {', '.join(TRUST)} and a noise of {', '.join(NOISE)}, "
-                f"got {self.trust!r} and {self.noise!r}."
-            )
-        if self.trust == "none":
-            sound = self.epsilon is None and self.delta is None and self.noise == "none"
-        else:
-            finite = self.epsilon is not None and math.isfinite(self.epsilon) and self.epsilon >= 0
-            sound = finite and self.delta is not None and 0 < self.delta < 1 and self.noise != "none"
-        if not sound:
-            raise PrivacyError(
-                'A claim must have a finite epsilon, a delta and noise, or none of them and trust "none", '
-                f"got trust {self.trust!r}, epsilon {self.epsilon}, delta {self.delta}, noise {self.noise!r}."
-            )
-
-    def sentence(self) -> str:
-        """Say the claim in one sentence that names every field; epsilon is rounded up to three digits."""
-        details = (
-            f"neighbours: {self.relation}; trust: {TRUST[self.trust]}; sampling: {self.sampling}; "
-            f"accountant: {self.accountant}; rounds per device: at most {self.max_participations}; "
-            f"noise: {NOISE[self.noise]}."
-        )
-        if self.epsilon is None or self.delta is None:
-            return f"NOT PRIVATE: no epsilon, no delta; unit: {self.unit}; {details}"
-        bounds = f"(epsilon = {_round_up(self.epsilon)}, delta = {float(self.delta)})"
-        return f"{self.unit.capitalize()}-level {bounds}-differential privacy, {details}"
-
-
-def record_claim(mechanism: Mechanism, *, delta: float) -> Claim:
-    """Price a simulated campaign under ``privacy.trust = "local"`` and state all of it.
-
-    Args:
-        mechanism: What one device releases.
-        delta: In [1e-12, 1).
-
-    Returns:
-        The claim, its epsilon from ``epsilon()``.
-
-    Raises:
-        PrivacyError: ``delta`` is impossible, or the mechanism has no finite price.
-    """
-    if mechanism.sampling_rate < 1:
-        how = f"Poisson, each record enters a step with probability {mechanism.sampling_rate}"
-    else:
-        how = "none, every record enters every step"
-    return Claim(
-        trust="local",
-        unit="record",
-        relation=RELATION,
-        epsilon=epsilon(mechanism, delta=delta),
-        delta=delta,
-        sampling=f"{how} ({mechanism.steps} per round)",
-        accountant=f"dp-accounting {version('dp-accounting')}, privacy loss distributions",
-        max_participations=mechanism.max_participations,
-        noise="seeded",
-    )
-
-
-def no_claim(*, max_participations: int) -> Claim:
-    """Return what a run under ``privacy.trust = "none"`` may say."""
-    return Claim(
-        trust="none",
-        unit="none",
-        relation="none",
-        epsilon=None,
-        delta=None,
-        sampling="not accounted",
-        accountant="none",
-        max_participations=max_participations,
-        noise="none",
-    )
 
 
 def _check_count(key: str, count: int) -> None:
@@ -368,12 +262,6 @@ def epsilon_together(mechanisms: Sequence[Mechanism], *, delta: float) -> float:
         first = first.compose(other)
     together = float(first.get_epsilon_for_delta(delta * (1 - 1e-4)))
     return together + sum(grid_excess(mechanism, epsilon=together, delta=delta) for mechanism in mechanisms)
-
-
-def _round_up(value: float) -> str:
-    """Write a number with three digits, never below it."""
-    exact = Decimal(str(value))
-    return str(exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING)) if value else "0"
 
 
 def _distribution(mechanism: Mechanism, grid: float) -> Any:

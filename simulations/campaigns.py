@@ -15,9 +15,10 @@ from client.site import TextFeatures, open_site
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
 from shared import wire
-from shared.accounting import Claim, epsilon_by_participation, no_claim, record_claim
+from shared.accounting import epsilon_by_participation
 from shared.adapter import Arrays, load_start, make_start, shared_slots
 from shared.campaign import Campaign, Resumed, read_campaign, write_campaign, write_resumed
+from shared.claims import Claim, no_claim, record_claim
 from shared.config import Scenario
 from shared.datasets import Dataset
 from shared.errors import CampaignError, ScenarioError, SottovoceError

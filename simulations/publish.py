@@ -14,9 +14,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.site import resident_base, resident_dataset, use_threads
-from shared.accounting import MAX_EPSILON, RELATION, TRUST, epsilon, record_claim
+from shared.accounting import MAX_EPSILON, epsilon
 from shared.assets import resolve
 from shared.campaign import Campaign, check_promise, verify_campaign, write_campaign
+from shared.claims import RELATION, TRUST, record_claim
 from shared.config import Scenario
 from shared.datasets import Dataset, UserData
 from shared.errors import PrivacyError, ScenarioError
@@ -124,7 +125,7 @@ def _describe_price(policy: Policy) -> dict[str, Any] | None:
             f"a policy's constants must have a price, noise_multiplier {policy.noise_multiplier:g} in "
             f"{mechanism.releases} noisy steps has none below {MAX_EPSILON:g}; do not take part."
         )
-    claim = record_claim(mechanism, delta=delta)
+    claim = record_claim(mechanism, delta=delta, noise="secure")
     after = {k: epsilon(replace(mechanism, max_participations=k), delta=delta) for k in _milestones(policy)}
     return {
         "epsilon": claim.epsilon,

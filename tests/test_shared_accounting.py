@@ -13,15 +13,13 @@ from scipy.stats import norm
 
 import shared.accounting
 from shared.accounting import (
-    Claim,
     Mechanism,
     calibrate_noise,
     epsilon,
     epsilon_by_participation,
     grid_excess,
-    no_claim,
-    record_claim,
 )
+from shared.claims import Claim, no_claim, record_claim
 from shared.errors import PrivacyError
 
 NAN = math.nan
@@ -277,7 +275,7 @@ def test_claim_of_a_mechanism_states_its_price():
     "changed",
     [
         {"trust": "central"},
-        {"noise": "secure"},
+        {"noise": "lucky"},
         {"noise": "none"},
         {"trust": "none"},
         {"epsilon": None},
