@@ -60,7 +60,7 @@ def _train(message: Message, context: Context) -> RecordDict:
                     features,
                     targets,
                     policy=policy,
-                    micro_batch=campaign.scenario.performance.micro_batch,
+                    micro_batch=device.micro_batch(campaign),
                     randomness=device.randomness(campaign, request.round_number),
                 )
             except BaseException:

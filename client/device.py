@@ -24,13 +24,14 @@ from client.site import Workbench, accepted_campaign, open_site, open_workbench
 from client.vault import Vault
 from shared.adapter import Arrays, within_bound
 from shared.campaign import Campaign, read_resumed
+from shared.datasets import Record
 from shared.errors import CampaignError, RefusedError
 from shared.features import Features, compute_hidden
 from shared.files import write_atomically
 from shared.flower import in_simulation
 from shared.noise import Randomness, SecureRandomness, SeededRandomness
 from shared.policy import Policy
-from shared.tasks import TASKS, Labels, Scores, Targets
+from shared.tasks import TASKS, Encoded, Labels, Scores, Targets
 from shared.wire import Request
 
 _STATE, _ROUND = "participation", "round"
@@ -56,6 +57,9 @@ class Device(Protocol):
 
     def records(self, campaign: Campaign) -> tuple[Workbench, Features, Targets]:
         """What to train with, and on; the one step that reads the owner's data."""
+
+    def micro_batch(self, campaign: Campaign) -> int:
+        """Tokens of a forward pass; 1 takes every record alone."""
 
     def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
         """Where the draws of one round come from (rule P6)."""
@@ -114,6 +118,10 @@ class SimulatedDevice:
         """The device's rows of the data set."""
         site = open_site(self._campaigns, campaign.policy.sha256)
         return site, *site.shared_records(self._seat)
+
+    def micro_batch(self, campaign: Campaign) -> int:
+        """As the scenario says."""
+        return campaign.scenario.performance.micro_batch
 
     def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
         """Streams keyed by seed, campaign, device and round: two campaigns of one seed share no noise."""
@@ -177,7 +185,16 @@ class OwnedDevice:
         """Every record in the store, all of them training rows."""
         bench = _workbench(str(self._home.folder), campaign.policy.sha256)
         features, targets = read_inputs(self._home, bench)
-        return bench, bench.head.prepare(features) if len(features) else features, targets
+        prepared = [bench.head.prepare(features.select([row])) for row in range(len(features))]
+        return bench, Features([_only(record) for record in prepared]), targets
+
+    def micro_batch(self, campaign: Campaign) -> int:
+        """Every record alone, from its tokens to its gradient.
+
+        What records round off each other in a batch grows without bound with what the operator chooses (scaling, start,
+        base, the first of several steps): alone, no record reaches another's gradient, whatever is chosen.
+        """
+        return 1
 
     def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
         """A new key of the operating system for every round."""
@@ -233,18 +250,46 @@ def forget_workbenches() -> None:
 
 
 def read_inputs(home: Home, bench: Workbench) -> tuple[Features, Targets]:
-    """Backbone outputs and targets of every record in an owner's store.
+    """Backbone outputs and targets of the records in an owner's store, but for those the base cannot take.
 
-    The outputs are as telling as the text: they are kept in the vault, with a hash of what they were computed from.
+    Such a record counts as zero, as one with a NaN does: an error would tell that it is there. The outputs are as
+    telling as the text: they are kept in the vault, with a hash of what they were computed from.
     """
     records = home.records().read()
-    scenario, base = bench.campaign.scenario, bench.base
     if not records:
         return Features([]), Scores([])
-    encoded = TASKS[scenario.task.name](base, [record.key for record in records], scenario)
-    targets = Scores([record.target for record in records]) if encoded.labels is None else Labels(encoded.labels)
-    features = _sealed_features(home.vault(), bench, encoded.token_ids)
-    return features, targets
+    encoded = [_encode(bench, record) for record in records]
+    features = _sealed_features(home.vault(), bench, [one.token_ids[0] for one in encoded])
+    rows = np.flatnonzero(features.lengths).tolist()
+    targets: Targets = Scores([records[row].target for row in rows])
+    if encoded[0].labels is not None:
+        targets = Labels([labels[0] for row in rows if (labels := encoded[row].labels) is not None])
+    return features.select(rows), targets
+
+
+def _encode(bench: Workbench, record: Record) -> Encoded:
+    """Tokens of one record, none where there is no way to have them."""
+    scenario = bench.campaign.scenario
+    try:
+        return TASKS[scenario.task.name](bench.base, [record.key], scenario)
+    except Exception:  # a tokenizer raises it bare
+        none = np.zeros(0, dtype=np.int64)
+        return Encoded([[]], [none] if scenario.task.name == "generation" else None)
+
+
+def _hidden(bench: Workbench, token_ids: list[int], blocks: int) -> np.ndarray:
+    """Backbone outputs (T, d) of one text, computed alone; (0, d) where the base cannot take it."""
+    try:
+        return _only(compute_hidden(bench.base, [token_ids], head_blocks=blocks))
+    except Exception:  # no tokens, more than there are positions, or an id that is not embedded: each its own type
+        return np.zeros((0, bench.base.hidden_size), dtype=np.float32)
+
+
+def _only(features: Features) -> np.ndarray:
+    """The array of the one text."""
+    hidden, _ = features.batch([0])
+    array: np.ndarray = hidden[0].numpy()
+    return array
 
 
 def _sealed_features(vault: Vault, bench: Workbench, token_ids: list[list[int]]) -> Features:
@@ -255,9 +300,9 @@ def _sealed_features(vault: Vault, bench: Workbench, token_ids: list[list[int]])
     name = f"features/{bench.base.sha256[:16]}-{blocks}"
     content = load(vault.open(name)) if vault.names(name) else {}
     if not content or not np.array_equal(content["key"], key):
-        computed = compute_hidden(bench.base, token_ids, head_blocks=blocks)
-        arrays = [computed.select([row]).batch([0])[0][0].numpy() for row in range(len(computed))]
-        content = {"key": key, "values": np.concatenate(arrays), "lengths": computed.lengths}
+        arrays = [_hidden(bench, ids, blocks) for ids in token_ids]
+        lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+        content = {"key": key, "values": np.concatenate(arrays), "lengths": lengths}
         vault.seal(name, save(content))
     ends = np.cumsum(content["lengths"])[:-1]
     return Features(np.split(content["values"], ends))

@@ -46,7 +46,13 @@ def describe_error(error: BaseException) -> dict[str, str]:
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next
-    if frame is None:
-        return {"error": type(error).__name__, "place": "unknown"}
-    path = "/".join(frame.tb_frame.f_code.co_filename.split("/")[-2:])
-    return {"error": type(error).__name__, "place": f"{path}:{frame.tb_lineno}"}
+    place = "unknown"
+    if frame is not None:
+        path = "/".join(frame.tb_frame.f_code.co_filename.split("/")[-2:])
+        place = f"{path}:{frame.tb_lineno}"
+    return {"error": _word(type(error).__name__), "place": _word(place)}
+
+
+def _word(text: str) -> str:
+    """The end of a text as ``note`` takes it: Python's own frames are named ``<frozen codecs>``, folders anything."""
+    return re.sub(r"[^A-Za-z0-9_.:/-]", "_", text)[-120:]

@@ -17,9 +17,7 @@ from shared.noise import Randomness
 from shared.policy import Policy
 from shared.tasks import Targets
 
-# Padded over real tokens of one micro-batch: less costs more passes than it saves. What records move of each other,
-# which the policy's FLOAT_MARGIN covers, comes from padding too.
-_MAX_PADDING = 1.15
+_MAX_PADDING = 1.15  # padded over real tokens of one micro-batch: less costs more passes than it saves
 
 
 def make_trainable(head: Head, policy: Policy) -> GradSampleModule | Head:
@@ -46,7 +44,8 @@ def train_shared(
         features: Prepared backbone outputs of this device's records (n of them, 0 is allowed).
         targets: What they are to predict.
         policy: All constants; nothing is taken from n.
-        micro_batch: Tokens per forward pass, padding included; does not change the sum.
+        micro_batch: Tokens per forward pass, padding included; moves the last bits of the sum alone, and at 1, where
+            every record has a pass of its own, no record moves another's gradient at all.
         randomness: Source of the Poisson draws and of the noise.
 
     Returns:

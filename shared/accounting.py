@@ -12,6 +12,7 @@ MAX_EPSILON = 200.0  # beyond it nothing is promised: priced as infinite, refuse
 _MIN_NOISE_MULTIPLIER = 0.05  # one release at MAX_EPSILON needs .06
 _MAX_NOISE_MULTIPLIER = 1e9
 _MAX_SAMPLED_RELEASES = 1_000_000
+_MAX_COUNT = 2**31
 _MIN_DELTA = 1e-12  # the convolutions are exact to about 1e-15
 _TOLERANCE = 2e-3  # relative: calibrated epsilon below its target, and noise above the smallest
 _GRID_STEPS = 1e5  # a grid finer than epsilon / 1e5 costs seconds and changes the sixth digit
@@ -229,9 +230,10 @@ def calibrate_noise(
 
 
 def _check_count(key: str, count: int) -> None:
-    """Refuse what is not a whole number of at least one."""
-    if not (isinstance(count, int) and count >= 1):
-        raise PrivacyError(f"{key} must be a whole number >= 1, got {count}. It fixes how often noise is added.")
+    """Refuse what is not a whole number of at least one, and what no campaign reaches."""
+    if not (isinstance(count, int) and 1 <= count < _MAX_COUNT):
+        shown = count if not isinstance(count, int) or abs(count) < _MAX_COUNT else "far more"
+        raise PrivacyError(f"{key} must be a whole number >= 1, got {shown}. It fixes how often noise is added.")
 
 
 def _check_delta(delta: float) -> None:

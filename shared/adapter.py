@@ -89,9 +89,8 @@ def load_shared(head: Head, arrays: Mapping[str, np.ndarray]) -> None:
 def within_bound(arrays: Mapping[str, np.ndarray]) -> bool:
     """Whether every value is finite and at most ``MAX_ABS_VALUE`` in size.
 
-    A server that sends huge values can make predictions pure rounding error; which error depends on who shares a batch,
-    and then one record moves other records' gradients, past the clipping bound: by 2 % of it at 1000, and by no more
-    than a hundredth of ``FLOAT_MARGIN`` here.
+    A server that sends huge values can make predictions pure rounding error; which error depends on who shares a batch.
+    An owner's device takes every record alone, so that nobody shares one; a simulation batches.
     """
     return all(bool((np.abs(array) <= MAX_ABS_VALUE).all()) for array in arrays.values())  # NaN fails
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from shared.adapter import Arrays
+from shared.adapter import Arrays, shared_slots
 from shared.config import Scenario, load_scenario
 from shared.errors import CampaignError, PrivacyError
 from shared.head import Head, make_head
@@ -49,14 +49,18 @@ class Campaign:
         """A head of this campaign, at its public start once ``load_start`` is called.
 
         Raises:
-            CampaignError: The base is not the one the policy names.
+            CampaignError: The base is not the one the policy names, or what trains are not its slots.
         """
         if base.sha256 != self.policy.base_sha256:
             raise CampaignError(
                 f"the base must be {self.policy.base_sha256[:12]}…, got {base.sha256[:12]}…; "
                 "use the base the campaign was made with."
             )
-        return make_head(base, self.scenario)
+        head = make_head(base, self.scenario)
+        found = tuple((slot.name, slot.shape) for slot in shared_slots(head))
+        if found != self.policy.slots:
+            raise CampaignError(f"what trains must be the policy's slots {self.policy.slots}, the head has {found}.")
+        return head
 
 
 def write_campaign(folder: Path, scenario: Scenario, policy: Policy, start: Arrays) -> Campaign:
@@ -76,9 +80,17 @@ def write_campaign(folder: Path, scenario: Scenario, policy: Policy, start: Arra
 
 
 def find_campaign(campaigns: Path, policy_sha256: str) -> Campaign | None:
-    """The campaign with this policy among the folders in ``campaigns``; None where there is none."""
+    """The campaign with this policy among the folders in ``campaigns``; None where there is none.
+
+    A folder whose policy cannot be read is none of this campaign: one that is damaged, cut by a crash or of another
+    version must not stop the others.
+    """
     for path in sorted(campaigns.glob("*/policy.json")):
-        if read_policy(path.read_text(encoding="utf-8")).sha256 == policy_sha256:
+        try:
+            found = read_policy(path.read_text(encoding="utf-8")).sha256
+        except (CampaignError, OSError, UnicodeDecodeError):
+            continue
+        if found == policy_sha256:
             return read_campaign(path.parent)
     return None
 
@@ -167,7 +179,7 @@ def read_campaign(folder: Path) -> Campaign:
         arrays = load((folder / "start.safetensors").read_bytes())
     except OSError as error:
         raise CampaignError(f"{folder} must hold a campaign: {error.strerror} ({error.filename}).") from None
-    except (SafetensorError, UnicodeDecodeError) as error:
+    except (SafetensorError, UnicodeDecodeError, KeyError) as error:  # KeyError: a type of number that numpy has not
         raise CampaignError(f"{folder} must hold a campaign, a file in it is damaged: {error}.") from None
     start = dict(sorted(arrays.items()))
     if hash_arrays(start) != policy.start_sha256:

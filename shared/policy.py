@@ -7,6 +7,7 @@ in a message. Nothing in it depends on any user's data (rule P2). Operators sign
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -28,11 +29,10 @@ REPLY_FIELDS = ("arrays", "config.policy", "config.round")  # the noised change 
 # hold more records than this, and one that does only sees its (already private) update scaled down.
 _RECORDS_BOUND = 2_000
 _UNCLIPPED_GRADIENT = 100.0  # a generous bound on one record's gradient under trust ``none``
-# What one record may move of *other* records' gradients, through the rounding of a batch they share: every contribution
-# together, in units of the clip norm. Measured below 1e-4 (tests); noise is calibrated with ten times that.
-FLOAT_MARGIN = 1e-3
 _COARSEST = 0.02  # half of it, in units of the clip norm, is what rounding to the grid may take from a record
 _NOISE_TAIL = 6.0  # standard deviations the noise's norm may lie above sqrt(parameters)
+_SMALLEST, _LARGEST = 1e-9, 1e9  # of the constants of a step; no sensible value comes near them
+_MOST_STEPS = 10_000
 
 
 class Policy(BaseModel):
@@ -92,9 +92,9 @@ class Policy(BaseModel):
 
     @property
     def mechanism(self) -> Mechanism:
-        """What one device releases over the campaign, priced with ``FLOAT_MARGIN``."""
+        """What one device releases over the campaign."""
         return Mechanism(
-            noise_multiplier=self.noise_multiplier / (1 + FLOAT_MARGIN),
+            noise_multiplier=self.noise_multiplier,
             sampling_rate=self.sampling_rate,
             steps=self.steps,
             max_participations=self.max_participations,
@@ -155,7 +155,7 @@ def make_policy(
                 f"privacy.delta must be at most 1 / (10 x {clients} clients) = {1 / (10 * clients):.1e}, "
                 f"got {privacy.delta}."
             )
-        noise_multiplier = (1 + FLOAT_MARGIN) * calibrate_noise(
+        noise_multiplier = calibrate_noise(
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             sampling_rate=privacy.sampling_rate,
@@ -281,8 +281,9 @@ def check_extensions(policy: Policy, scenario: Scenario) -> None:
     """Raise ``CampaignError`` unless this machine has exactly the packages a policy names for its scenario."""
     found = extensions(scenario)
     if found != policy.extensions:
+        named = json.dumps(", ".join(policy.extensions))[1:-1]  # its maker's words may hold control characters
         raise CampaignError(
-            f"the policy names {', '.join(policy.extensions) or 'no extension'}; here is "
+            f"the policy names {named or 'no extension'}; here is "
             f"{', '.join(found) or 'none'}. Install what the policy names."
         )
 
@@ -328,13 +329,33 @@ def check_price(policy: Policy) -> None:
         return
     if policy.epsilon is None or policy.delta is None or policy.clip_norm is None or not policy.clip_norm > 0:
         raise PrivacyError("a policy of trust 'local' must state epsilon, delta and clip_norm; do not take part.")
+    _check_constants(policy)
     check_grid(policy)
+    if policy.delta >= policy.mechanism.chance_of_a_draw:
+        raise PrivacyError(
+            f"delta must be below the chance that a record is ever sampled, got {policy.delta:g}: the policy would "
+            "hold without noise and protect nobody; do not take part."
+        )
     price = epsilon(policy.mechanism, delta=policy.delta)
     if not price <= policy.epsilon:
         raise PrivacyError(
             f"a policy's constants must give the epsilon it states, {policy.epsilon:g}; they give {price:.3g}; "
             "do not take part."
         )
+
+
+def _check_constants(policy: Policy) -> None:
+    """Refuse constants with which a step overflows, underflows or does not end: whether it does may tell of records."""
+    for name in ("clip_norm", "denominator", "learning_rate", "max_update_norm"):
+        value = getattr(policy, name)
+        if not _SMALLEST <= value <= _LARGEST:
+            raise PrivacyError(
+                f"a policy's {name} must be from {_SMALLEST:g} to {_LARGEST:g}, got {value:g}; do not take part."
+            )
+    if not 1 <= policy.steps <= _MOST_STEPS:
+        raise PrivacyError(f"a policy's steps must be 1 to {_MOST_STEPS}, got {policy.steps}; do not take part.")
+    if not re.fullmatch("[ -~]{1,120}", policy.campaign):
+        raise PrivacyError("a campaign's name must be 1 to 120 printable ASCII characters; do not take part.")
 
 
 def check_grid(policy: Policy) -> None:

@@ -94,7 +94,8 @@ def encode_dialogues(base: Base, keys: Sequence[Key], scenario: Scenario) -> Enc
         prompt = prompt[:kept] + prompt[kept + excess :] if excess else prompt
         whole = prompt + response
         ids.append(whole[:-1])
-        labels.append(np.array([IGNORE] * (len(prompt) - 1) + response, dtype=np.int64))
+        shifted = [IGNORE] * len(prompt) + response
+        labels.append(np.array(shifted[1:], dtype=np.int64))  # without a prompt nothing predicts the first token
     return Encoded(ids, labels)
 
 

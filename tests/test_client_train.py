@@ -7,12 +7,13 @@ import torch
 
 from client.train import make_trainable, train_shared
 from shared.adapter import load_start, make_start, read_shared, shared_parameters, shared_slots
+from shared.clipping import clipped_sum
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import PrivacyError, RefusedError
 from shared.features import Features, compute_features
 from shared.head import RatingHead
 from shared.noise import GRID_SIGMA, SeededRandomness
-from shared.policy import FLOAT_MARGIN, Policy
+from shared.policy import Policy
 from shared.tasks import Scores
 
 ADAPTER = AdapterConfig(rank=2, whitened_features=8)
@@ -197,16 +198,23 @@ def test_one_record_moves_the_step_by_at_most_the_clip_norm(setting):
     assert min(moves) >= policy.clip_norm * 0.9  # a looser clip, or a batch-sized denominator, would be seen
 
 
-def test_what_one_record_moves_of_the_others_is_far_within_the_margin(setting):
-    """Records share batches, whose shape decides the last bits of a gradient: no proof covers that, a margin does."""
-    policy = setting.policy(clip_norm=0.05)
-    whole = flat(setting.update(policy))
+def test_taken_alone_no_record_moves_another(setting):
+    """Records that share a batch share its shape, and the last bits of their gradients with it; alone they share none."""
+    policy, sums = setting.policy(clip_norm=0.05), []
+
+    def integers(**arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("client.optimizer.clipped_sum", lambda *a, **k: sums.append(clipped_sum(*a, **k)) or sums[-1])
+            sums.clear()
+            setting.update(policy, micro_batch=1, **arguments)
+        return torch.cat([torch.stack(column).sum(0).ravel() for column in zip(*sums, strict=True)])
+
+    whole = integers()
     for added in range(len(setting.targets)):
         rows = [i for i in range(len(setting.targets)) if i != added]
-        others = flat(setting.update(policy, features=setting.features.select(rows), targets=setting.targets[rows]))
-        own = flat(setting.update(policy, features=setting.features.select([added]), targets=setting.targets[[added]]))
-        moved = np.linalg.norm(whole - others - own) * policy.denominator / policy.learning_rate
-        assert moved <= FLOAT_MARGIN / 10 * policy.clip_norm
+        others = integers(features=setting.features.select(rows), targets=setting.targets[rows])
+        own = integers(features=setting.features.select([added]), targets=setting.targets[[added]])
+        assert torch.equal(whole - others, own)  # to the last bit
 
 
 def test_a_record_with_a_nan_contributes_nothing(setting):

@@ -14,7 +14,7 @@ from shared.accounting import calibrate_noise, epsilon
 from shared.campaign import read_campaign
 from shared.config import load_scenario
 from shared.noise import GRID_SIGMA
-from shared.policy import FLOAT_MARGIN, extensions, hash_arrays, hash_settings
+from shared.policy import extensions, hash_arrays, hash_settings
 from shared.signing import fingerprint, load_private, load_public, sign_policy
 from simulations.publish import WORDS, publish
 from sottovoce.cli import main
@@ -94,7 +94,7 @@ def test_a_campaign_is_calibrated_for_its_target_and_roster(scenario, run, tmp_p
     policy = campaign.policy
     assert (policy.epsilon, policy.delta, policy.max_participations) == (2.0, 1e-5, 2)
     assert 2 * 0.998 <= epsilon(policy.mechanism, delta=1e-5) <= 2
-    assert policy.noise_multiplier == (1 + FLOAT_MARGIN) * calibrate_noise(
+    assert policy.noise_multiplier == calibrate_noise(
         epsilon=2.0,
         delta=1e-5,
         sampling_rate=1.0,

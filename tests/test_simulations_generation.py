@@ -14,7 +14,6 @@ from shared.language_metrics import TokenScores, perplexity_difference, score_to
 from simulations.run import simulate
 from sottovoce.cli import main
 
-
 PLANTED = "boatsqz7f31"  # what some users like, and nobody else says
 
 
