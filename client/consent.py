@@ -4,7 +4,6 @@ Needs what trains: the price is certified here.
 """
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from datetime import date
@@ -14,9 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safetensors.numpy import save
 
 from client.home import Home
-from client.owner import checked_ledger
+from client.owner import alone, checked_ledger
+from client.private_files import disk_errors, private_folder, write_private
 from shared.campaign import Campaign, verify_campaign
-from shared.errors import LedgerError, PrivacyError
+from shared.errors import CampaignError, LedgerError, PrivacyError
+from shared.files import flush_folder
 from shared.signing import fingerprint
 
 _FILES = ("scenario.json", "policy.json", "policy.sig", "start.safetensors")
@@ -103,7 +104,7 @@ def _payload_bytes(campaign: Campaign) -> int:
     return len(save({slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}))
 
 
-def agree(home: Home, folder: Path, *, operator: Ed25519PublicKey, until: date) -> Campaign:
+def agree(home: Home, folder: Path, *, operator: Ed25519PublicKey, until: date, shown: str | None = None) -> Campaign:
     """Reserve a campaign's whole (epsilon, delta) and keep what the owner agreed to.
 
     Args:
@@ -111,34 +112,73 @@ def agree(home: Home, folder: Path, *, operator: Ed25519PublicKey, until: date) 
         folder: The campaign as the operator published it.
         operator: The key that must have signed it; the ledger keeps its fingerprint.
         until: The last day the owner agrees to.
+        shown: Hash of the policy whose offer the owner has read; by default what the folder holds now.
 
     Returns:
         The campaign as it is kept.
 
     Raises:
-        PrivacyError, CampaignError: See ``verify_campaign``.
+        PrivacyError, CampaignError: See ``verify_campaign``; or the folder holds another policy than was shown.
         LedgerError: The price does not fit under the owner's caps, or the consent was given before.
+        StoreError: A round or another command is at work in the home, or the disk is full.
+
+    Guarantee:
+        What was agreed to is on disk before its price is reserved.
     """
-    examine_offer(home, folder, operator=operator, until=until)
-    new = home.folder / "campaigns" / f".new.{os.getpid()}"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    for name in _FILES:
-        shutil.copyfile(folder / name, new / name)
-    policy = verify_campaign(new, trusted=operator).policy  # the very bytes that are kept
-    if policy.epsilon is None or policy.delta is None:
-        raise PrivacyError("a private policy must state epsilon and delta; do not take part.")
-    kept = home.campaign_folder(policy.sha256)
-    shutil.rmtree(kept, ignore_errors=True)  # of a consent that was cut before it was given
-    new.rename(kept)
-    with home.ledger() as ledger:
-        ledger.consent(
-            policy=policy.sha256,
-            campaign=policy.campaign,
-            epsilon=policy.epsilon,
-            delta=policy.delta,
-            max_participations=policy.max_participations,
-            until=until,
-            operator=fingerprint(operator),
-        )
+    with alone(home):
+        offer = examine_offer(home, folder, operator=operator, until=until)
+        campaign = _keep(home, folder, operator=operator, expected=shown or offer.policy)
+        with home.ledger() as ledger:
+            ledger.consent(
+                policy=campaign.policy.sha256,
+                campaign=offer.campaign,
+                epsilon=offer.epsilon,
+                delta=offer.delta,
+                max_participations=offer.max_participations,
+                until=until,
+                operator=offer.operator,
+            )
+    return campaign
+
+
+def put_back(home: Home, folder: Path, *, operator: Ed25519PublicKey) -> bool:
+    """Put back the home's copy of a campaign that was agreed to, where it is gone or altered; nothing is reserved.
+
+    Returns:
+        Whether there was need.
+
+    Raises:
+        PrivacyError, CampaignError, LedgerError, StoreError: As ``agree``.
+    """
+    policy = verify_campaign(folder, trusted=operator).policy.sha256
+    kept = home.campaign_folder(policy)
+    with checked_ledger(home) as ledger:
+        given = {item.consent.policy for item in ledger.consents() if item.state in ("in force", "exhausted")}
+    if policy not in given or all(_equal(kept / name, folder / name) for name in _FILES):
+        return False
+    with alone(home):
+        _keep(home, folder, operator=operator, expected=policy)
+    return True
+
+
+def _equal(kept: Path, given: Path) -> bool:
+    return kept.is_file() and kept.read_bytes() == given.read_bytes()
+
+
+def _keep(home: Home, folder: Path, *, operator: Ed25519PublicKey, expected: str) -> Campaign:
+    """Copy a campaign into the home, durably; whoever calls holds the home's lock."""
+    new, kept = home.folder / "campaigns" / ".new", home.campaign_folder(expected)
+    shutil.rmtree(new, ignore_errors=True)  # of a consent that was cut
+    try:
+        with disk_errors(new):
+            private_folder(new)
+            for name in _FILES:
+                write_private(new / name, (folder / name).read_bytes())
+            if verify_campaign(new, trusted=operator).policy.sha256 != expected:  # the very bytes that are kept
+                raise CampaignError(f"{folder} must stay as it was shown, it was changed; look at what it asks again.")
+            shutil.rmtree(kept, ignore_errors=True)  # of a consent that was cut before it was given
+            new.rename(kept)
+            flush_folder(kept.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return verify_campaign(kept, trusted=operator)

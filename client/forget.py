@@ -4,6 +4,7 @@
 and run again names it all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,6 +67,7 @@ def forget(home: Home, *, copy_to: Path | None = None) -> dict[str, Any]:
         begun = _note_begun(home)
         shred_vault(home.folder / "vault", home.keystore)
         _remove_campaigns(home.folder / "campaigns")
+        _note(home, begun)  # there may be room now
         try:
             with home.ledger(round_running=False) as ledger:
                 receipt = _receipt(home, begun, left=_left_the_device(ledger))
@@ -113,13 +115,20 @@ def _note_begun(home: Home) -> _Begun:
     """Note everything to be deleted, with what an earlier call that was cut has deleted."""
     path = home.folder / RECEIPTS / BEGUN
     with disk_errors(path):
-        private_folder(path.parent)
         held = None if (home.folder / "vault").exists() else 0
         earlier = _read_begun(path.read_bytes()) if path.exists() else _Begun((), held)
         records = _count_records(home)
         begun = _Begun(tuple(sorted({*earlier.names, *_names(home)})), earlier.records if records is None else records)
-        write_private(path, json.dumps({"names": begun.names, "records": begun.records}).encode())
+    _note(home, begun)
     return begun
+
+
+def _note(home: Home, begun: _Begun) -> None:
+    """Write the note where there is room: a full disk keeps nobody from deleting."""
+    with contextlib.suppress(OSError):
+        private_folder(home.folder / RECEIPTS)
+        content = json.dumps({"names": begun.names, "records": begun.records}).encode()
+        write_private(home.folder / RECEIPTS / BEGUN, content)
 
 
 def _read_begun(content: bytes) -> _Begun:
@@ -210,6 +219,7 @@ def _write(home: Home, receipt: dict[str, Any], copy_to: Path | None) -> dict[st
         if not path.exists():
             break
     with disk_errors(path):
+        private_folder(folder)
         write_private(path, content)
     if copy_to is not None:
         with disk_errors(copy_to):

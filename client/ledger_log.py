@@ -246,8 +246,12 @@ def file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        kind = DamagedError if is_damage(error) else LedgerError
-        raise kind(f"{path} must be readable and writable, SQLite says: {error}.") from error
+        if is_damage(error):
+            raise DamagedError(f"{path} must be readable and writable, SQLite says: {error}.") from error
+        raise LedgerError(
+            f"{path} must be readable and writable, SQLite says: {error}. If another command is at work wait for it; "
+            "else free space on the disk or mend its permissions, then try again."
+        ) from error
     except OSError as error:
         raise LedgerError(f"{path} and the keystore must be readable and writable: {error}.") from error
     except StoreError as error:

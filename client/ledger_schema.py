@@ -13,7 +13,7 @@ import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from client.ledger_events import DamagedError, Event
@@ -133,15 +133,17 @@ def write_new_file(path: Path, events: Sequence[Event]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     for leftover in _files(temporary):
         leftover.unlink(missing_ok=True)
-    connection = create_file(temporary)
     try:
-        for event in events:
-            insert_event(connection, event)
+        with closing(create_file(temporary)) as connection:
+            for event in events:
+                insert_event(connection, event)
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # what stays in the log is not moved
+        _put_aside(path)
+        temporary.rename(path)
+        flush_folder(path.parent)
     finally:
-        connection.close()
-    _put_aside(path)
-    temporary.rename(path)
-    flush_folder(path.parent)
+        for leftover in _files(temporary):
+            leftover.unlink(missing_ok=True)
 
 
 def _put_aside(path: Path) -> None:

@@ -5,17 +5,19 @@ text. Needs no more than the base install; consent, which certifies a campaign, 
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from client.home import Clock, Home, create_home, now
-from client.keystore import ANCHOR, CHOICE, LEDGER_KEY, open_keystore
+from client.keystore import ANCHOR, CHOICE, LEDGER_KEY, file_keystore, open_keystore
 from client.ledger import Event, Ledger, Standing, Totals
 from client.ledger_events import DamagedError, femto_delta, nano_epsilon
+from client.ledger_log import file_errors
 from client.ledger_schema import is_unused
-from client.private_files import disk_errors
+from client.private_files import disk_errors, temporary_of
 from client.sealed_heads import HeadShelf
 from client.store import RecordStore
 from client.vault import KEY_FILE, Vault, create_vault
@@ -64,12 +66,11 @@ def begin(folder: Path, *, keystore: str, cap_epsilon: float, cap_delta: float, 
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"--home must name a folder, {folder} is none; name another.")
-    if not (folder / CHOICE).exists() and folder.is_dir() and any(folder.iterdir()):
-        raise StoreError(f"--home must name a new or an empty folder, {folder} holds other files; name another.")
-    if _unfinished(folder):
-        (folder / CHOICE).unlink()
-    elif (folder / CHOICE).exists():
+    if folder.is_dir() and not _unfinished(folder):
+        if not (folder / CHOICE).exists():
+            raise StoreError(f"--home must name a new or an empty folder, {folder} holds other files; name another.")
         raise StoreError(f"{folder} must not hold a home yet, but does; use it, or name another folder with --home.")
+    (folder / CHOICE).unlink(missing_ok=True)
     try:
         with disk_errors(folder):
             return create_home(folder, keystore=keystore, cap_epsilon=cap_epsilon, cap_delta=cap_delta, clock=clock)
@@ -87,12 +88,19 @@ def check_cap_values(cap_epsilon: float, cap_delta: float) -> None:
         raise LedgerError(f"--cap-delta must be above 0 and below 1, got {cap_delta}; 1e-4 is the default.")
 
 
+_OF_A_CUT_INIT = re.compile(r"(\.?keystore\.json|keys|\.?ledger\.db)(\..+|-(wal|shm|journal))?")
+
+
 def _unfinished(folder: Path) -> bool:
-    """Whether a crash cut the making of this home before anything could be kept in it."""
+    """Whether the folder is empty, or a crash or a full disk cut the making of a home before it could keep anything."""
     ledger = folder / "ledger.db"
-    if not (folder / CHOICE).exists() or (folder / "vault").exists():
+    if not all(_OF_A_CUT_INIT.fullmatch(path.name) for path in folder.iterdir()):
         return False
-    return (not ledger.exists() or is_unused(ledger)) and open_keystore(folder).read(ANCHOR) is None
+    with file_errors(ledger):
+        if ledger.exists() and not is_unused(ledger):
+            return False
+    keystore = open_keystore(folder) if (folder / CHOICE).exists() else file_keystore(folder)
+    return keystore.read(ANCHOR) is None
 
 
 def _remembers(folder: Path) -> bool:
@@ -215,8 +223,9 @@ def _describe_standing(standing: Standing) -> dict[str, Any]:
 
 def _describe_data(home: Home) -> dict[str, Any]:
     """How many records and heads there are; ``problem`` where they cannot be read."""
+    vault = home.folder / "vault"
     empty: dict[str, Any] = {"records": 0, "heads": [], "current_head": None, "problem": None}
-    if not (home.folder / "vault").exists():
+    if not any(path.is_file() and path != temporary_of(vault / KEY_FILE) for path in vault.rglob("*")):
         return empty
     try:
         shelf = home.heads()

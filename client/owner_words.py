@@ -66,7 +66,7 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     """The status of a home, in plain words."""
     keys, epsilon, delta, data = found["keys"], found["epsilon"], found["delta"], found["data"]
     return [
-        f"home: {found['home']}",
+        f"home: {plain(found['home'])}",
         "PAUSED: takes part in nothing; sottovoce client resume" if found["paused"] else "not paused",
         f"spent: epsilon {epsilon['reserved']:g} of {epsilon['cap']:g} and delta {delta['reserved']:g} of "
         f"{delta['cap']:g} are reserved, for all campaigns and for ever",

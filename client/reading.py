@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.store import is_text
 from shared.datasets.records import Record
 from shared.errors import DataError
 
@@ -103,7 +104,7 @@ def _check_field(value: object, wanted: type | tuple[type, ...], place: str) -> 
         raise DataError(f"{place} must be {words}, got {type(value).__name__}; nothing was stored.")
     if isinstance(value, int | float) and not abs(value) < 2**53:
         raise DataError(f"{place} must be finite and of a usual size, got another; nothing was stored.")
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+    if isinstance(value, str) and not is_text(value):
         raise DataError(f"{place} must be valid text, got half of a surrogate pair; nothing was stored.")
 
 

@@ -7,7 +7,6 @@ record. No error's message holds any of the text.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from client.vault import Vault
 from shared.datasets.records import Record
@@ -76,13 +75,23 @@ def _problem(record: object) -> str | None:
             return f"{field} must be of type {wanted.__name__}, got {type(value).__name__}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"{field} must be finite, got {value}"
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        if isinstance(value, str) and not is_text(value):
             return f"{field} must be valid text, got half of a surrogate pair"
     return None
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written, as opposed to half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _line(record: Record) -> bytes:
-    return json.dumps(asdict(record), sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    fields = {field: getattr(record, field) for field in _TYPES}  # asdict copies deeply: a third of the time of reading
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
 def _parse(name: str, content: bytes) -> list[Record]:

@@ -130,7 +130,9 @@ class Vault:
             raise self._shredded()
 
     def _shredded(self) -> StoreError:
-        return StoreError(f"{self._folder} must still be the vault that was opened, it was shredded; open it again.")
+        return StoreError(
+            f"{self._folder} must still be the vault that was opened, it was shredded meanwhile; try again."
+        )
 
 
 def create_vault(folder: Path, keystore: Keystore) -> Vault:
@@ -150,7 +152,8 @@ def create_vault(folder: Path, keystore: Keystore) -> Vault:
         with locked_folder(folder):
             if any(path != temporary_of(folder / KEY_FILE) for path in folder.iterdir()):
                 raise StoreError(
-                    f"{folder} must be empty for a new vault, got files of an earlier one; open it, or shred it first."
+                    f"{folder} must be empty for a new vault, got files of an earlier one; run sottovoce client forget "
+                    "to delete those first."
                 )
             data_key, key = secrets.token_bytes(_KEY_BYTES), secrets.token_bytes(_KEY_BYTES)
             keystore.write(DATA_KEY, data_key)
@@ -170,7 +173,9 @@ def open_vault(folder: Path, keystore: Keystore) -> Vault:
         try:
             wrapped = path.read_bytes()
         except FileNotFoundError:
-            raise StoreError(f"{folder} must hold a vault, it was shredded or never made; make a new one.") from None
+            raise StoreError(
+                f"{folder} must hold a vault, it was shredded or never made; adding records makes a new one."
+            ) from None
         folder.chmod(0o700)
     cipher = _key_cipher(_read_key(keystore, DATA_KEY), _read_key(keystore, LEDGER_KEY))
     key = _open(cipher, KEY_FILE, wrapped, path)

@@ -199,7 +199,7 @@ def test_one_record_moves_the_step_by_at_most_the_clip_norm(setting):
 
 
 def test_taken_alone_no_record_moves_another(setting):
-    """Records that share a batch share its shape, and the last bits of their gradients with it; alone they share none."""
+    """Records that share a batch share its shape, and with it the last bits of gradients; alone they share none."""
     policy, sums = setting.policy(clip_norm=0.05), []
 
     def integers(**arguments):
