@@ -7,7 +7,7 @@ ledger that outlives crashes, reads encrypted records, and draws from the operat
 import hashlib
 import resource
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -177,7 +177,8 @@ class OwnedDevice:
         )
         _note("spent" if payload is None else "repeated", campaign, request)
         if payload is None:
-            _keep_shared(self._home, request)
+            with suppress(OSError):  # a full disk: the next round brings newer ones
+                _keep_shared(self._home, request)
             return None
         return {slot.name: load(payload)[slot.name] for slot in campaign.policy.array_slots()}
 
@@ -255,7 +256,7 @@ def read_inputs(home: Home, bench: Workbench) -> tuple[Features, Targets]:
     Such a record counts as zero, as one with a NaN does: an error would tell that it is there. The outputs are as
     telling as the text: they are kept in the vault, with a hash of what they were computed from.
     """
-    records = home.records().read()
+    records = home.records().read() if (home.folder / "vault").exists() else ()  # a home that forgot has none
     if not records:
         return Features([]), Scores([])
     encoded = [_encode(bench, record) for record in records]

@@ -62,7 +62,7 @@ def forget(home: Home, *, copy_to: Path | None = None) -> dict[str, Any]:
     Guarantee:
         The data key is gone before anything else is; a call after a crash at any point completes the deletion.
     """
-    check_copy(copy_to)
+    check_copy(copy_to, home=home.folder)
     with alone(home):
         begun = _note_begun(home)
         shred_vault(home.folder / "vault", home.keystore)
@@ -91,10 +91,12 @@ def describe_loss(home: Home) -> dict[str, int]:
     return _counts(_names(home))
 
 
-def check_copy(path: Path | None) -> None:
-    """Raise ``StoreError`` unless a receipt can be written to a path, or none is asked for."""
+def check_copy(path: Path | None, *, home: Path) -> None:
+    """Raise ``StoreError`` unless a receipt can be written to a path outside the home, or none is asked for."""
     if path is None:
         return
+    if path.absolute().resolve().is_relative_to(home.resolve()):
+        raise StoreError(f"--receipt must lie outside the home, got {path}; the home keeps one anyway.")
     if os.path.lexists(path) or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise StoreError(f"--receipt must name a new file in a folder you may write, got {path}. Nothing was changed.")
 

@@ -338,7 +338,7 @@ def recover_ledger(path: Path, *, keystore: "Keystore", cap_epsilon: float, cap_
     Args:
         path: The file.
         keystore: Where its anchor is kept.
-        cap_epsilon: The owner's cap, if the file is gone; a ledger that is there keeps its own.
+        cap_epsilon: The owner's cap, if the file is gone, at most what it was; a ledger that is there keeps its own.
         cap_delta: Likewise.
         clock: The time.
 

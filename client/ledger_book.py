@@ -237,14 +237,19 @@ def check_caps(book: Book, *, nano: int, femto: int) -> None:
             )
 
 
+_AMOUNTS = ("seq", "nano_epsilon", "femto_delta", "cap_nano_epsilon", "cap_femto_delta")
+
+
 def anchor_of(events: Sequence[Event]) -> bytes:
-    """What the keystore remembers of a ledger: how far it had come, and what was reserved by then."""
+    """What the keystore remembers of a ledger: how far it had come, what was reserved by then, of what caps."""
     book = add_up(events)
     anchor = {
         "seq": events[-1].seq,
         "mac": events[-1].mac.hex(),
         "nano_epsilon": book.nano_epsilon,
         "femto_delta": book.femto_delta,
+        "cap_nano_epsilon": book.cap_nano_epsilon,
+        "cap_femto_delta": book.cap_femto_delta,
         "ledger_id": book.ledger_id,
     }
     return canonical(anchor).encode()
@@ -258,7 +263,7 @@ def read_anchor(stored: bytes) -> dict[str, Any]:
     """
     try:
         anchor = json.loads(stored)
-        amounts = [anchor[name] for name in ("seq", "nano_epsilon", "femto_delta")]
+        amounts = [anchor[name] for name in _AMOUNTS]
         if all(type(amount) is int and amount >= 0 for amount in amounts) and type(anchor["ledger_id"]) is str:
             return dict(anchor)
     except (ValueError, KeyError, TypeError):

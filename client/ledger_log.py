@@ -234,6 +234,8 @@ def recover_log(path: Path, *, keystore: "Keystore", cap_epsilon: float, cap_del
             return
         at = utc_text(clock())
         detail = _opening(anchor["ledger_id"], cap_epsilon=cap_epsilon, cap_delta=cap_delta)
+        for cap in ("cap_nano_epsilon", "cap_femto_delta"):
+            detail[cap] = min(detail[cap], anchor[cap])  # losing the file raises no cap
         opening = next_event(None, key=key, at=at, kind="open", detail=detail, after=anchor["seq"])
         events = [opening, rebase_event([opening], anchor, key=key, at=at)]
         write_new_file(path, events)

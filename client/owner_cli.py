@@ -255,7 +255,7 @@ def _forget(options: argparse.Namespace) -> int:
     from client.forget import check_copy, describe_loss, forget
 
     home = open_owner_home(options.home)
-    check_copy(options.receipt)
+    check_copy(options.receipt, home=home.folder)
     loss = ", ".join(f"{count} of {kind}" for kind, count in describe_loss(home).items()) or "none is left"
     _say(
         f"files to be deleted for good: {loss}",

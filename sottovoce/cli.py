@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         os.environ[switch] = value
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         code: int = options.handler(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -264,6 +264,20 @@ def test_a_store_that_cannot_be_read_burns_the_round_and_sends_a_code(homes, hom
     assert reserved(home)[1] == [1]
 
 
+def test_a_home_that_forgot_its_records_answers_with_noise(homes, home, published):
+    shutil.rmtree(home.folder / "vault")
+    assert homes.ask(home, published.campaign)[0] is None
+
+
+def test_a_full_disk_after_the_spend_costs_no_round(homes, home, published, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("client.device.write_atomically", full)
+    assert homes.ask(home, published.campaign)[0] is None
+    assert reserved(home)[1] == [1]
+
+
 def test_another_process_of_the_device_is_waited_for_by_nobody(homes, home, published):
     with home.lock():
         assert homes.ask(home, published.campaign)[0] == "BUSY"

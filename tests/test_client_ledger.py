@@ -460,7 +460,9 @@ def test_i7_a_damaged_anchor_is_not_read_as_nothing_spent(ledgers, reopen, keyst
         ledgers.recover(tmp_path, keystore)
 
 
-@pytest.mark.parametrize("field", ["mac", "nano_epsilon", "femto_delta", "ledger_id"])
+@pytest.mark.parametrize(
+    "field", ["mac", "nano_epsilon", "femto_delta", "cap_nano_epsilon", "cap_femto_delta", "ledger_id"]
+)
 def test_i7_an_anchor_of_another_history_is_not_this_ledgers(ledgers, ledger, reopen, keystore, field):
     ledgers.agree(ledger)
     anchor = json.loads(keystore.read("anchor"))
@@ -908,14 +910,38 @@ def test_i9_a_clock_ahead_refuses_while_it_is_ahead_and_records_nothing(ledgers,
 def test_i9_a_clock_set_back_revives_nothing(ledgers, ledger, reopen, clock):
     ledgers.agree(ledger)
     clock.jump(days=400)
-    ledger.pause()
-    ledger.resume()
+    ledgers.agree(ledger, "longer", until=date(2040, 1, 1))
     clock.jump(days=-400)
     assert refusal(ledgers.spend, ledger) == "CONSENT"
     with pytest.raises(LedgerError, match="end in the future"):
         ledgers.agree(ledger, "q")
     with reopen() as again:
         assert refusal(ledgers.spend, again) == "CONSENT"
+
+
+def test_i9_what_an_owner_does_under_a_clock_ahead_ends_no_consent(ledgers, ledger, reopen, clock):
+    ledgers.agree(ledger)
+    ledgers.agree(ledger, "other")
+    clock.jump(days=3650)
+    ledger.pause()
+    ledger.resume()
+    ledger.withdraw("other")
+    assert refusal(ledgers.spend, ledger) == "CONSENT"  # while the clock is ahead
+    clock.jump(days=-3650)
+    assert ledgers.spend(ledger) is None
+    with reopen() as again:
+        assert ledgers.counts(again)[0] == 1
+
+
+def test_losing_the_file_raises_no_cap(ledgers, ledger, keystore, tmp_path):
+    ledgers.agree(ledger)
+    cap = ledger.totals().cap_epsilon
+    ledger.close()
+    for path in tmp_path.glob("**/ledger.db*"):
+        path.unlink()
+    with ledgers.recover(tmp_path, keystore, cap_epsilon=cap * 10, cap_delta=0.5) as again:
+        assert again.totals().cap_epsilon == cap
+        assert again.totals().cap_delta < 0.5
 
 
 def test_times_are_told_in_utc(ledgers, ledger, clock):

@@ -160,7 +160,7 @@ class LedgerMachine(RuleBasedStateMachine):
         changes = campaign is not None and campaign.closed != "withdrawn"
         if self.call(lambda: self.ledger.withdraw(policy), seam, None if campaign else LedgerError, writes=changes):
             campaign.closed = "withdrawn"
-            self.recorded()
+            self.recorded(witness=False)
 
     @rule(policy=POLICIES, number=ROUNDS, request=REQUESTS, seam=SEAMS, lie=st.sampled_from([0, 0, 0, 0, -1, 1]))
     def request(self, policy, number, request, seam, lie):
@@ -204,13 +204,13 @@ class LedgerMachine(RuleBasedStateMachine):
         call = self.ledger.pause if pause else self.ledger.resume
         if self.call(call, seam, None, writes=pause is not self.model.paused):
             self.model.paused = pause
-            self.recorded()
+            self.recorded(witness=False)
 
     @rule(seam=SEAMS, really=SELDOM)
     def forget(self, seam, really):
         if really and self.call(lambda: self.ledger.forgotten({"files": 1}), seam, None):
             self.model.close("withdrawn")
-            self.recorded()
+            self.recorded(witness=False)
 
     @rule(days=st.sampled_from([1, 1, 1, 1, 200, -1, -1, -400, -3650, 3650]))
     def clock_jumps(self, days):
@@ -261,7 +261,6 @@ class LedgerMachine(RuleBasedStateMachine):
                 old.reserved = max(old.reserved, self.model.reserved)
                 old.close("ended")
                 old.events += 1
-                old.latest = max(old.latest, self.clock.now)
                 self.recover(old)
 
     # how it is done
@@ -285,7 +284,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if spends:
                 after.campaigns[policy].spent[number] = request
             self.model = after
-            self.recorded(told + spends)
+            self.recorded(told + spends, witness=spends)
         self.reached[result or ("repeat" if not spends else "spend")] += 1
         if isinstance(expected, bytes) and seam is None:
             assert self.got == expected
@@ -338,9 +337,10 @@ class LedgerMachine(RuleBasedStateMachine):
             assert caught.value.code == refusal
         return will_write
 
-    def recorded(self, events=1):
+    def recorded(self, events=1, *, witness=True):
         self.model.events += events
-        self.model.latest = max(self.model.latest, self.clock.now)
+        if witness:  # of the time: what was agreed to, spent or released
+            self.model.latest = max(self.model.latest, self.clock.now)
 
     def open_after_crash(self):
         self.ledger = self.ledgers.reopen(self.home, self.keystore, self.clock)

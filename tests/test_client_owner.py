@@ -509,6 +509,13 @@ def test_after_forget_add_makes_a_new_vault_with_a_new_key(active, published, ca
         active.records().read()
 
 
+def test_a_receipt_lies_outside_of_what_is_deleted(active, capsys):
+    before = snapshot(active.folder)
+    inside = active.folder / "vault" / "receipt.json"
+    assert "outside the home" in refused(capsys, "forget", "--yes", "--home", active.folder, "--receipt", inside)
+    assert snapshot(active.folder) == before
+
+
 def test_a_home_at_work_is_not_forgotten(active, capsys):
     before = snapshot(active.folder)
     with active.lock():
