@@ -58,8 +58,8 @@ class Event:
 def latest_time(events: Iterable[Event]) -> datetime:
     """The latest time at which something was agreed to, spent or released.
 
-    Not a burn, which is written unasked after a crash, nor what an owner may do at any time: a clock that was ahead just
-    then would end every consent for good.
+    Not a burn, which is written unasked after a crash, nor what an owner may do at any time: a clock that was ahead
+    just then would end every consent for good.
     """
     witnesses = ("open", "consent", "spend", "release")
     return max(datetime.fromisoformat(event.at) for event in events if event.kind in witnesses)
