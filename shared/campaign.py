@@ -27,6 +27,7 @@ from shared.policy import (
     Policy,
     check_compatible,
     check_extensions,
+    check_family,
     check_price,
     choices,
     hash_arrays,
@@ -49,13 +50,15 @@ class Campaign:
         """A head of this campaign, at its public start once ``load_start`` is called.
 
         Raises:
-            CampaignError: The base is not the one the policy names, or what trains are not its slots.
+            CampaignError: The base, or its family's package, is not the one the policy names, or the head has other
+                slots.
         """
         if base.sha256 != self.policy.base_sha256:
             raise CampaignError(
                 f"the base must be {self.policy.base_sha256[:12]}…, got {base.sha256[:12]}…; "
                 "use the base the campaign was made with."
             )
+        check_family(self.policy, base.extension)
         head = make_head(base, self.scenario)
         found = tuple((slot.name, slot.shape) for slot in shared_slots(head))
         if found != self.policy.slots:

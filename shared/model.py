@@ -22,7 +22,7 @@ from transformers import BertModel, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from shared.errors import AssetError, ScenarioError
-from shared.registry import lookup, names
+from shared.registry import extension, lookup, names
 
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -152,6 +152,7 @@ class Base:
         eos_id: Token that ends a text, None where the model's files name none. It is often the padding token too, so
             what is padding is told by masks and lengths, never by the id.
         positions: The longest text it knows positions for, in tokens.
+        extension: The package its family comes from, None for one that is built in.
     """
 
     family: Family
@@ -164,6 +165,7 @@ class Base:
     normalize: bool
     eos_id: int | None = None
     positions: int = 512
+    extension: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -261,6 +263,7 @@ def _load_base(folder: Path) -> Base:
         normalize,
         eos[0] if isinstance(eos, list) else eos,
         int(config["max_position_embeddings"]),
+        extension=extension("families", config["model_type"], FAMILIES),
     )
 
 

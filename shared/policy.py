@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -21,7 +22,7 @@ from shared.datasets import READERS
 from shared.errors import CampaignError, PrivacyError
 from shared.lora import FEDERATION_METHODS, TECHNIQUES
 from shared.noise import GRID_SIGMA
-from shared.registry import BUILT_IN, KINDS, check_name, lookup, origin
+from shared.registry import KINDS, check_name, extension, lookup
 
 PROTOCOL = 2
 REPLY_FIELDS = ("arrays", "config.policy", "config.round")  # the noised change and what it answers: all that is priced
@@ -30,6 +31,7 @@ REPLY_FIELDS = ("arrays", "config.policy", "config.round")  # the noised change 
 _RECORDS_BOUND = 2_000
 _UNCLIPPED_GRADIENT = 100.0  # a generous bound on one record's gradient under trust ``none``
 _COARSEST = 0.02  # half of it, in units of the clip norm, is what rounding to the grid may take from a record
+_FAMILY = KINDS["families"]
 _NOISE_TAIL = 6.0  # standard deviations the noise's norm may lie above sqrt(parameters)
 _SMALLEST, _LARGEST = 1e-9, 1e9  # of the constants of a step; no sensible value comes near them
 _MOST_STEPS = 10_000
@@ -120,6 +122,7 @@ def make_policy(
     head_blocks: int,
     slots: tuple[Slot, ...],
     base_sha256: str,
+    base_extension: str | None,
     start: Arrays,
     public_texts: tuple[str, ...],
 ) -> Policy:
@@ -195,7 +198,7 @@ def make_policy(
         start_sha256=hash_arrays(start),
         public_texts_sha256=hashlib.sha256("\0".join(public_texts).encode()).hexdigest(),
         slots=tuple((slot.name, slot.shape) for slot in slots),
-        extensions=extensions(scenario),
+        extensions=(*extensions(scenario), *([base_extension] if base_extension else [])),
     )
     if private:
         check_grid(policy)
@@ -273,17 +276,26 @@ def extensions(scenario: Scenario) -> tuple[str, ...]:
         ("techniques", scenario.adapter.technique, TECHNIQUES),
         ("readers", scenario.data.format, READERS),
     )
-    origins = [(kind, name, origin(kind, name, own)) for kind, name, own in chosen]
-    return tuple(f"{KINDS[kind]} {name!r} of {where}" for kind, name, where in origins if where != BUILT_IN)
+    found = [extension(kind, name, own) for kind, name, own in chosen]
+    return tuple(each for each in found if each)
 
 
 def check_extensions(policy: Policy, scenario: Scenario) -> None:
     """Raise ``CampaignError`` unless this machine has exactly the packages a policy names for its scenario."""
-    found = extensions(scenario)
-    if found != policy.extensions:
-        named = json.dumps(", ".join(policy.extensions))[1:-1]  # its maker's words may hold control characters
+    _compare_packages([each for each in policy.extensions if not each.startswith(_FAMILY)], extensions(scenario))
+
+
+def check_family(policy: Policy, base_extension: str | None) -> None:
+    """The same for the package of the base's model family, which is known once the base is loaded."""
+    named = [each for each in policy.extensions if each.startswith(_FAMILY)]
+    _compare_packages(named, (base_extension,) if base_extension else ())
+
+
+def _compare_packages(named: Sequence[str], found: Sequence[str]) -> None:
+    if list(named) != list(found):
+        wanted = json.dumps(", ".join(named))[1:-1]  # its maker's words may hold control characters
         raise CampaignError(
-            f"the policy names {named or 'no extension'}; here is "
+            f"the policy names {wanted or 'no extension'}; here is "
             f"{', '.join(found) or 'none'}. Install what the policy names."
         )
 

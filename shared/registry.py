@@ -103,6 +103,12 @@ def origin(kind: str, name: str, built_in: Iterable[str]) -> str:
     return _package(entry) if entry else BUILT_IN
 
 
+def extension(kind: str, name: str, built_in: Iterable[str]) -> str | None:
+    """``model family 'x' of PACKAGE VERSION``; None for what is built in."""
+    where = origin(kind, name, built_in)
+    return None if where == BUILT_IN else f"{KINDS[kind]} {name!r} of {where}"
+
+
 def describe(thing: object) -> str:
     """One line on a registered thing: its ``summary``, else the first line of its docstring."""
     text = getattr(thing, "summary", None) or getattr(thing, "__doc__", None) or ""

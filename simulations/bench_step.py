@@ -160,6 +160,7 @@ class _Prepared:
             head_blocks=blocks,
             slots=shared_slots(self.head),
             base_sha256=base.sha256,
+            base_extension=base.extension,
             start=self.public_start,
             public_texts=dataset.public_texts,
         )

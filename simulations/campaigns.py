@@ -148,6 +148,7 @@ def _plan(names: tuple[str, str, str], scenario: Scenario, base: Base, dataset: 
         head_blocks=len(head.blocks),
         slots=shared_slots(head),
         base_sha256=base.sha256,
+        base_extension=base.extension,
         start=start,
         public_texts=dataset.public_texts,
     )

@@ -19,7 +19,7 @@ from shared.errors import AssetError, CampaignError, DataError, PrivacyError, Sc
 from shared.lora import inject
 from shared.metrics import METRICS, score_row
 from shared.model import load_base
-from shared.policy import Policy, check_compatible, check_extensions, choices, extensions, read_policy
+from shared.policy import Policy, check_compatible, check_extensions, check_family, choices, extensions, read_policy
 from shared.registry import KINDS
 from simulations.run import simulate
 
@@ -207,6 +207,13 @@ def test_a_base_of_a_family_from_outside(my_package, tiny_base, tmp_path):
     mask = torch.ones_like(ids, dtype=torch.bool)
     expected = ElectraModel.from_pretrained(folder).eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     torch.testing.assert_close(base.backbone(ids, mask, head_blocks=0), expected.mean(1, keepdim=True))
+    assert base.extension == "model family 'electra' of my_package 1.2"  # its code runs in the shared step
+    check_family(_policy((base.extension,)), base.extension)
+    check_extensions(_policy((base.extension,)), Scenario(name="x"))  # which knows no base
+    for named, found in (((), base.extension), ((base.extension,), None), ((base.extension,), base.extension + ".1")):
+        with pytest.raises(CampaignError, match="Install what the policy names"):
+            check_family(_policy(named), found)
+    assert tiny_base.extension is None
 
 
 def test_a_base_of_no_family_names_the_installed_ones_too(my_package, tiny_base, tmp_path):
