@@ -25,7 +25,7 @@ from client.vault import Vault
 from shared.adapter import Arrays, within_bound
 from shared.campaign import Campaign, read_resumed
 from shared.datasets import Record
-from shared.errors import CampaignError, RefusedError
+from shared.errors import CampaignError, LedgerError, RefusedError
 from shared.features import Features, compute_hidden
 from shared.files import write_atomically
 from shared.flower import in_simulation
@@ -147,12 +147,23 @@ class OwnedDevice:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._ledger: Ledger  # open while alone
+        self._open: tuple[str, int] | None = None  # policy and round that is spent and not released
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """The home's lock, which dies with its holder, and the ledger: a round that a crash left open is burnt."""
+        """The home's lock, which dies with its holder, and the ledger: a round that a crash left open is burnt.
+
+        One that an error ends is burnt at once; if that cannot be written, the next to open the ledger does it.
+        """
         with self._home.lock(), self._home.ledger(round_running=False) as self._ledger:
-            yield
+            try:
+                yield
+            except Exception:
+                if self._open is not None:
+                    policy, round_number = self._open
+                    with suppress(LedgerError):
+                        self._ledger.burn(policy=policy, round_number=round_number)
+                raise
 
     def accepted(self, policy_sha256: str) -> Campaign:
         """A campaign the owner agreed to, certified anew in every process; one without noise is none.
@@ -177,6 +188,7 @@ class OwnedDevice:
         )
         _note("spent" if payload is None else "repeated", campaign, request)
         if payload is None:
+            self._open = campaign.policy.sha256, request.round_number
             with suppress(OSError):  # a full disk: the next round brings newer ones
                 _keep_shared(self._home, request)
             return None
@@ -273,6 +285,8 @@ def _encode(bench: Workbench, record: Record) -> Encoded:
     scenario = bench.campaign.scenario
     try:
         return TASKS[scenario.task.name](bench.base, [record.key], scenario)
+    except MemoryError:  # says nothing of the record, and must not be kept as if it did
+        raise
     except Exception:  # a tokenizer raises it bare
         none = np.zeros(0, dtype=np.int64)
         return Encoded([[]], [none] if scenario.task.name == "generation" else None)
@@ -282,6 +296,8 @@ def _hidden(bench: Workbench, token_ids: list[int], blocks: int) -> np.ndarray:
     """Backbone outputs (T, d) of one text, computed alone; (0, d) where the base cannot take it."""
     try:
         return _only(compute_hidden(bench.base, [token_ids], head_blocks=blocks))
+    except MemoryError:
+        raise
     except Exception:  # no tokens, more than there are positions, or an id that is not embedded: each its own type
         return np.zeros((0, bench.base.hidden_size), dtype=np.float32)
 

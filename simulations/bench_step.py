@@ -76,6 +76,8 @@ def measure(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
         "cached_last_block_nonprivate": _ours(scenario, base, dataset, records, blocks=1, trust="none"),
         "linear_head": _ours(scenario, base, dataset, records, blocks=0),
         "cached_last_block_secure": _ours(scenario, base, dataset, records, blocks=1, randomness=SecureRandomness()),
+        "cached_last_block_alone": _ours(scenario, base, dataset, records, blocks=1, micro_batch=1),
+        "linear_head_alone": _ours(scenario, base, dataset, records, blocks=0, micro_batch=1),
         "linear_head_secure": _ours(scenario, base, dataset, records, blocks=0, randomness=SecureRandomness()),
         "opacus_all_layers": _opacus(scenario, base, dataset, records),
     }
@@ -91,6 +93,8 @@ def measure(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
     pairs = {
         "dp_over_nonprivate": ("cached_last_block", "cached_last_block_nonprivate"),
         "secure_over_seeded_cached_last_block": ("cached_last_block_secure", "cached_last_block"),
+        "alone_over_batched_last_block": ("cached_last_block_alone", "cached_last_block"),
+        "alone_over_batched_linear_head": ("linear_head_alone", "linear_head"),
         "secure_over_seeded_linear_head": ("linear_head_secure", "linear_head"),
         "opacus_all_layers_over_cached_last_block": ("opacus_all_layers", "cached_last_block"),
         "opacus_all_layers_over_linear_head": ("opacus_all_layers", "linear_head"),
@@ -174,7 +178,7 @@ class _Prepared:
         self.features = self.head.prepare(features)
         self.targets = Scores([record.target for record in records])
 
-    def train(self, module: GradSampleModule | Head, *, steps: int) -> Arrays:
+    def train(self, module: GradSampleModule | Head, *, steps: int, micro_batch: int = 1024) -> Arrays:
         """``steps`` steps of the device's own training function."""
         return train_shared(
             module,
@@ -182,7 +186,7 @@ class _Prepared:
             self.features,
             self.targets,
             policy=self.policy.model_copy(update={"steps": steps}),
-            micro_batch=1024,
+            micro_batch=micro_batch,
             randomness=self._randomness,
         )
 
@@ -196,6 +200,7 @@ def _ours(
     blocks: int,
     trust: str = "local",
     randomness: Randomness | None = None,
+    micro_batch: int = 1024,
 ) -> Callable[[], float]:
     scenario = _with(scenario, blocks=blocks, trust=trust)
     prepared = _Prepared(scenario, base, dataset, records, randomness=randomness)
@@ -203,7 +208,7 @@ def _ours(
 
     def run() -> float:
         started = time.process_time()
-        prepared.train(module, steps=_STEPS)
+        prepared.train(module, steps=_STEPS, micro_batch=micro_batch)
         return (time.process_time() - started) / _STEPS
 
     return run

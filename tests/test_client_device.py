@@ -262,6 +262,9 @@ def test_a_store_that_cannot_be_read_burns_the_round_and_sends_a_code(homes, hom
         if path.is_file() and path.stat().st_size > 200:
             path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert homes.ask(home, published.campaign)[0] == "STORE"
+    with home.ledger() as ledger:
+        [standing] = ledger.consents()
+    assert (standing.spent, standing.burnt, standing.pending) == (1, 1, 0)  # at once, not when it is next opened
     assert homes.ask(home, published.campaign)[0] == "BURNT"
     assert reserved(home)[1] == [1]
 
@@ -269,6 +272,17 @@ def test_a_store_that_cannot_be_read_burns_the_round_and_sends_a_code(homes, hom
 def test_a_home_that_forgot_its_records_answers_with_noise(homes, home, published):
     shutil.rmtree(home.folder / "vault")
     assert homes.ask(home, published.campaign)[0] is None
+
+
+def test_memory_that_runs_out_is_not_kept_as_a_record_that_cannot_be_taken(homes, home, published, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("client.device.compute_hidden", full)
+        assert homes.ask(home, published.campaign)[0] == "INTERNAL"
+    assert home.vault().names("features/") == []
+    assert homes.ask(home, published.campaign, round_number=2)[0] is None
 
 
 def test_a_full_disk_after_the_spend_costs_no_round(homes, home, published, monkeypatch):

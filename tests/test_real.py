@@ -65,6 +65,8 @@ def test_the_bench_compares_equal_answers():
         "dp_over_nonprivate",
         "secure_over_seeded_cached_last_block",
         "secure_over_seeded_linear_head",
+        "alone_over_batched_last_block",
+        "alone_over_batched_linear_head",
         "opacus_all_layers_over_cached_last_block",
         "opacus_all_layers_over_linear_head",
         "padded_over_real_tokens",
