@@ -53,6 +53,7 @@ PROBES = (
     "Thank you, I will think about it and call you tomorrow.",
 )
 _OWN_PROBES = 16  # of the owner's texts; compared and not written
+_KEPT = 10  # newest versions of the head an owner can go back to
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Personalized:
 def personalize(
     home: Home, *, base_folder: Path, prefix: str | None = None, generator: np.random.Generator | None = None
 ) -> Personalized:
-    """Fit the private part to all records of a home and make it the current private head.
+    """Fit the private part to all records of a home and make it the current private head; ten versions are kept.
 
     Args:
         home: Its owner consented to the campaign; it holds at least one record.
@@ -112,7 +113,9 @@ def personalize(
         "campaign": campaign.policy.campaign,
         "round": str(round_number),
     }
-    version = home.heads().add(files, about)
+    shelf = home.heads()
+    version = shelf.add(files, about)
+    shelf.prune(_KEPT)
     shared = f"the shared part of round {round_number}" if round_number else "the campaign's public start"
     return Personalized(version, len(targets), shared, json.loads(files[MANIFEST])["parity"]["max_abs"])
 

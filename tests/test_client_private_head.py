@@ -172,6 +172,14 @@ sys.exit(main({arguments!r}))
     assert "Heat" in done.stdout
 
 
+def test_only_the_newest_heads_are_kept(home, tiny_fleet, monkeypatch):
+    monkeypatch.setattr("client.private_head._KEPT", 2)
+    for _ in range(3):
+        personalize(home, base_folder=tiny_fleet)
+    assert [version.number for version in home.heads().versions()] == [2, 3]
+    assert home.heads().current() == 3
+
+
 def test_what_cannot_be_fitted_is_refused_and_the_shelf_stays(home, homes, published, tiny_fleet, tmp_path, capsys):
     personalize(home, base_folder=tiny_fleet)
     shared = home.campaign_folder(published.campaign.policy.sha256) / "shared.safetensors"
