@@ -12,9 +12,9 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo check check-all clean
+.PHONY: help demo check check-all wheels-aarch64 clean
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.simulate ## install, fetch the pinned model and data, run the MovieLens scenario
 	$(BIN)/sottovoce data fetch
@@ -28,6 +28,9 @@ check: $(VENV)/.dev ## lint, format, types, fast tests
 
 check-all: check ## the same, then the slow tests: real assets, whole runs, a browser
 	$(BIN)/python -m pytest -m slow
+
+wheels-aarch64: $(VENV)/bin/python ## which wheels 64-bit Arm Linux gets, from package metadata: all there, how large
+	$(BIN)/python tests/wheels.py aarch64
 
 clean: ## remove the environment and the tools' caches; runs and fetched assets stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -2,11 +2,12 @@
 
 import logging
 import time
+from collections.abc import Callable
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.device import find_device, forget_workbenches
+from client.device import Device, find_device, forget_workbenches
 from client.log import describe_error, note
 from client.train import train_shared
 from shared import wire
@@ -20,9 +21,20 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answer one request; whatever goes wrong leaves the device as a fixed code (rule P2)."""
+    """Answer one request."""
+    return answer(message, context)
+
+
+def answer(message: Message, context: Context, *, find: Callable[[Context], Device] = find_device) -> Message:
+    """Answer one request; whatever goes wrong leaves the device as a fixed code (rule P2).
+
+    Args:
+        message: Anything a server sends.
+        context: Of the node.
+        find: Whose device this is; a resident executor knows it without asking the context.
+    """
     try:
-        content = _train(message, context)
+        content = _train(message, find(context))
     except RefusedError as refusal:
         content = _refuse(refusal.code, refusal)
     except LedgerError as error:
@@ -42,9 +54,8 @@ def _refuse(code: str, error: Exception) -> RecordDict:
     return wire.pack_refusal(code)
 
 
-def _train(message: Message, context: Context) -> RecordDict:
+def _train(message: Message, device: Device) -> RecordDict:
     """One round on one device; nothing of the owner's data is read before the round is spent (rule P4)."""
-    device = find_device(context)
     with device.alone():
         campaign = device.accepted(_named_policy(message.content))
         policy = campaign.policy
@@ -71,7 +82,7 @@ def _train(message: Message, context: Context) -> RecordDict:
     reply = wire.pack_reply(update, round_number=request.round_number, policy_sha256=policy.sha256)
     if wire.reply_fields(reply) != policy.reply_fields:
         raise RefusedError("POLICY")
-    return reply
+    return wire.stamp_seeded(reply) if device.foreseeable else reply
 
 
 def _named_policy(content: RecordDict) -> str:

@@ -3,8 +3,8 @@
 A head is read from its folder or from memory, where a device keeps no personal file in plain: ``Files`` is either.
 
 Every byte used is read once, hashed and used from memory, so a file changed on disk later changes nothing. Whatever
-does not fit is refused: a damaged adapter never becomes an unpersonalised answer. Hashes bind files to manifests and an
-adapter to its base; they detect damage and mix-ups, not an attacker who may rewrite the manifests as well.
+does not fit is refused. Hashes bind files to manifests and an adapter to its base; a manifest's signature, which a home
+asks for (client/verify.py), binds it to the operator or to the device. Heads of a simulation carry none.
 """
 
 import contextlib
@@ -13,18 +13,25 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors import SafetensorError, deserialize
 
-from shared.errors import HeadError
+from client.parity import PRECISIONS
+from client.plain_files import read_plain
+from shared.errors import HeadError, PrivacyError
+from shared.files import write_atomically
+from shared.signing import check_signature_file, signature_file
 
-SCHEMA = 1
+SCHEMA = 2
 MIN_PROBES = 16
+MIN_ONNXRUNTIME = "1.27"
 MODEL, TOKENIZER, ADAPTER, MANIFEST = "model.onnx", "tokenizer.json", "adapter.safetensors", "manifest.json"
+SIGNATURE = "manifest.sig"
 DEFAULT_BASE = "../base"
 PERSONAL_NOTE = (
     "This head was fitted to one user's data and contains personal data: keep it on the user's device and "
@@ -38,8 +45,12 @@ KINDS = {
     "lm-base": ("a fleet's language model", "--base", "generate"),
     "lm-adapter": ("a personal language head", "--head", "generate"),
 }
+# Kind of a manifest -> the files it must name, and what its signature says it is.
+FILES = {kind: {ADAPTER} if kind.endswith("adapter") else {MODEL, TOKENIZER} for kind in KINDS}
+PURPOSES = {kind: "adapter" if kind.endswith("adapter") else "base" for kind in KINDS}
 
 _MAX_MANIFEST_BYTES = 2**20
+_MAX_SIGNATURE_BYTES = 2**12
 _MAX_HEADER_BYTES = 2**20  # of a safetensors file; some hundred slots need 30 KiB
 _MAX_FILE_BYTES = 2**31 - 1  # an ONNX file cannot be larger
 
@@ -72,11 +83,16 @@ def base_folder(files: Files, base: Path | None) -> Path:
     return files / DEFAULT_BASE
 
 
-def read_manifest(files: Files, *kinds: str) -> dict[str, Any]:
+def read_manifest(files: Files, *kinds: str, signers: Collection[str] | None = None) -> dict[str, Any]:
     """The manifest of a folder, which must be of the first kind or one of the others.
 
+    Args:
+        files: The folder, or its files.
+        kinds: Keys of ``KINDS``.
+        signers: Fingerprints of the keys of which one must have signed its very bytes; None asks for no signature.
+
     Raises:
-        HeadError: There is none, it cannot be read, or it is of another kind.
+        HeadError: There is none, it is not signed as it must be, it cannot be read, or it is of another kind.
     """
     path = place_of(files) / MANIFEST
     what, option, _ = KINDS[kinds[0]]
@@ -85,6 +101,8 @@ def read_manifest(files: Files, *kinds: str) -> dict[str, Any]:
         raise HeadError(f"{place_of(files)} must hold {what}, but has no {MANIFEST}; name its folder with {option}.")
     if len(content) > _MAX_MANIFEST_BYTES:
         raise damaged(path, f"it must be at most {_MAX_MANIFEST_BYTES} bytes")
+    if signers is not None:
+        _check_signed(files, content, PURPOSES[kinds[0]], signers)
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError):
@@ -98,12 +116,40 @@ def read_manifest(files: Files, *kinds: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+def sign_manifest(content: bytes, key: Ed25519PrivateKey) -> bytes:
+    """The file ``manifest.sig`` for the bytes of a manifest."""
+    return signature_file(key, purpose=PURPOSES[json.loads(content)["kind"]], content=content)
+
+
+def sign_folder(folder: Path, key: Ed25519PrivateKey) -> None:
+    """Sign the manifest of an exported folder; an earlier signature is replaced.
+
+    Raises:
+        HeadError: The folder holds no manifest.
+    """
+    read_manifest(folder, *KINDS)
+    write_atomically(folder / SIGNATURE, sign_manifest((folder / MANIFEST).read_bytes(), key))
+
+
+def _check_signed(files: Files, content: bytes, purpose: str, signers: Collection[str]) -> None:
+    path = place_of(files) / SIGNATURE
+    signature = _read(files, SIGNATURE, _MAX_SIGNATURE_BYTES)
+    if signature is None:
+        raise HeadError(f"{path} must exist, {MANIFEST} is not signed; get the folder from whoever made it.")
+    try:
+        check_signature_file(signature, purpose=purpose, content=content, trusted=signers)
+    except PrivacyError as error:
+        raise HeadError(f"{path} must sign this {MANIFEST}: {error}") from None
+
+
 def read_file(files: Files, manifest: Mapping[str, Any], name: str) -> bytes:
     """The file's bytes, once they are known to be those the manifest names."""
     folder = place_of(files)
     try:
+        if manifest["files"].keys() != FILES[manifest["kind"]]:
+            raise damaged(folder / MANIFEST, f"its files must be {', '.join(sorted(FILES[manifest['kind']]))}")
         size, sha256 = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise damaged(folder / MANIFEST, f"it must name size and sha256 of {name}") from None
     if type(size) is not int or not 0 < size <= _MAX_FILE_BYTES:
         raise damaged(folder / MANIFEST, f"the size of {name} must be between 1 and {_MAX_FILE_BYTES}, got {size!r}")
@@ -126,11 +172,7 @@ def _read(files: Files, name: str, limit: int) -> bytes | None:
     if not isinstance(files, Path):
         content = files.get(name)
         return None if content is None else bytes(content[:limit])
-    path = files / name
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return file.read(limit)
+    return read_plain(files, name, limit=limit)
 
 
 def check_binding(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, str]) -> None:
@@ -203,6 +245,14 @@ def lora_differs(adapter: Arrays) -> bool:
     """Whether any layer's A @ B has a value that is not zero."""
     with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN differ from zero
         return any((a @ adapter[name[:-1] + "B"]).any() for name, a in adapter.items() if name.endswith(".A"))
+
+
+def precision_of(manifest: Mapping[str, Any]) -> str:
+    """The precision of a base, or ValueError."""
+    scheme = manifest["quant"]["scheme"]
+    if scheme not in PRECISIONS:
+        raise ValueError(f"precision {scheme!r}")
+    return str(scheme)
 
 
 def parse_shape(value: Sequence[int | str]) -> Shape:

@@ -2,16 +2,17 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from client.owner_cli import add_parsers, open_owner_home
+from client.serve_cli import add_serve
+from client.service_cli import add_join
 from shared.errors import HeadError
 
 if TYPE_CHECKING:
-    from client.artifact import Files
-
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _PREDICT_EXAMPLE = """\
@@ -21,6 +22,9 @@ example:
 A head folder holds one user's adapter; the base it was exported for lies beside it in a folder named base, or
 where --base says. Everything is checked before the first prediction: a damaged file, or one that belongs to
 another base, is refused with one line and exit code 2.
+
+With --home the base must be signed by an operator you consented to. Where your private head is refused, the bare base
+answers and one line on standard error says why.
 """
 
 _GENERATE_EXAMPLE = """\
@@ -29,7 +33,8 @@ example:
 
 With --base and no --head the base answers alone. Prompt and answer together must fit the base's context.
 Everything is checked before the first word: a damaged file, a head of another base, or one whose known answer does
-not come out on this device, is refused with one line and exit code 2.
+not come out on this device, is refused with one line and exit code 2. With --home the base must be signed by an
+operator you consented to; where your private head is refused, the bare base answers and one line says why.
 """
 
 
@@ -38,6 +43,8 @@ def add_parser(subparsers: "Subparsers") -> None:
     client = subparsers.add_parser("client", help="what runs on a device", description="What runs on a device.")
     commands = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_parsers(commands)
+    add_serve(commands)
+    add_join(commands)
     parser = commands.add_parser(
         "predict",
         help="predict with a personal head; needs neither torch nor a network",
@@ -78,16 +85,23 @@ def _add_head(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--base", type=Path, metavar="DIR", help="folder of the fleet's base (default: HEAD/../base)")
 
 
-def _chosen_head(args: argparse.Namespace) -> "Files | None":
-    """The files of the head: those in a folder, or those sealed in a home; None where neither is named."""
-    if args.home is None:
-        head: Path | None = args.head
-        return head
+def _open_home(args: argparse.Namespace, kind: Literal["base", "lm-base"]) -> tuple[Any, str | None]:
+    """What answers in a home, and why it is the bare base, if it is."""
     if args.base is None:
         raise HeadError("--home needs --base, the folder of the fleet's base; it was not given.")
-    from client.owner import private_heads
+    from client.verify import check_had_head, open_home_base, open_personal
 
-    return private_heads(open_owner_home(args.home)).read()
+    home = open_owner_home(args.home)
+    check_had_head(home)
+    opened = open_personal(home, open_home_base(home, args.base, kind=kind))
+    if opened.problem:
+        print(f"sottovoce: the bare base answers, your private head was refused: {opened.problem}", file=sys.stderr)
+    return opened.model, opened.problem
+
+
+def _said_of_home(args: argparse.Namespace, problem: str | None) -> dict[str, Any]:
+    """What JSON says of a home beside the answer."""
+    return {} if args.home is None else {"personal": problem is None, "problem": problem}
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -103,15 +117,12 @@ def predict(args: argparse.Namespace) -> int:
     _check_encoding(texts)
     from client.runtime import open_head  # loads onnxruntime, which no other command needs
 
-    head = open_head(_chosen_head(args) or args.head, base=args.base)
+    head, problem = (open_head(args.head, base=args.base), None) if args.head else _open_home(args, "base")
     predictions = head.predict(texts).tolist()
     if args.json:
         rows = [{"text": t, "prediction": round(p, 4)} for t, p in zip(texts, predictions, strict=True)]
-        print(
-            json.dumps(
-                {"head": str(args.head or args.home), "user": head.user, "predictions": rows}, ensure_ascii=False
-            )
-        )
+        said = {"head": str(args.head or args.home), "user": head.user, **_said_of_home(args, problem)}
+        print(json.dumps(said | {"predictions": rows}, ensure_ascii=False))
     else:
         for text, prediction in zip(texts, predictions, strict=True):
             print(f"{prediction:.1f}  {text}")
@@ -127,13 +138,7 @@ def generate(args: argparse.Namespace) -> int:
     """
     prompt = _read_file(args.file) if args.prompt is None else args.prompt
     _check_encoding([prompt])
-    head = _chosen_head(args)
-    folder = args.base if head is None else head
-    if folder is None:
-        raise HeadError("a head or a base must be named, got neither; add --head DIR, --home DIR or --base DIR.")
-    from client.generation import open_generator  # loads onnxruntime, which no other command needs
-
-    generator = open_generator(folder, base=None if head is None else args.base)
+    generator, problem = _open_generator(args)
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -143,16 +148,25 @@ def generate(args: argparse.Namespace) -> int:
     if args.json:
         found = generator.generate(prompt, **settings)
         answer = {"prompt": prompt, "text": found.text, "token_ids": found.token_ids, "stopped": found.stopped}
-        print(
-            json.dumps(
-                {"head": str(args.head or args.home or args.base), "user": generator.user, **answer}, ensure_ascii=False
-            )
-        )
+        where = {"head": str(args.head or args.home or args.base), "user": generator.user}
+        print(json.dumps(where | _said_of_home(args, problem) | answer, ensure_ascii=False))
     else:
         for piece in generator.stream(prompt, **settings):
             print(piece, end="", flush=True)
         print()
     return 0
+
+
+def _open_generator(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """What answers: the home's, a head in a folder, or the base alone."""
+    if args.home is not None:
+        return _open_home(args, "lm-base")
+    folder = args.head or args.base
+    if folder is None:
+        raise HeadError("a head or a base must be named, got neither; add --head DIR, --home DIR or --base DIR.")
+    from client.generation import open_generator  # loads onnxruntime, which no other command needs
+
+    return open_generator(folder, base=args.base if args.head else None), None
 
 
 def _check_encoding(texts: Sequence[str]) -> None:

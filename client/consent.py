@@ -45,6 +45,7 @@ class Offer:
     delta: float
     rounds: int
     max_participations: int
+    added_records: str
     reply_fields: tuple[str, ...]
     numbers: int
     payload_bytes: int
@@ -90,6 +91,7 @@ def examine_offer(home: Home, folder: Path, *, operator: Ed25519PublicKey, until
         delta=policy.delta,
         rounds=policy.rounds,
         max_participations=policy.max_participations,
+        added_records=policy.added_records,
         reply_fields=policy.reply_fields,
         numbers=sum(math.prod(shape) for _, shape in policy.slots),
         payload_bytes=_payload_bytes(campaign),

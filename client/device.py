@@ -6,7 +6,7 @@ ledger that outlives crashes, reads encrypted records, and draws from the operat
 
 import hashlib
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from client.home import Home, open_home
 from client.ledger import Ledger
 from client.log import note
 from client.site import Workbench, accepted_campaign, open_site, open_workbench
+from client.sources import training_records
 from client.vault import Vault
 from shared.adapter import Arrays, within_bound
 from shared.campaign import Campaign, read_resumed
@@ -35,11 +36,18 @@ from shared.tasks import TASKS, Encoded, Labels, Scores, Targets
 from shared.wire import Request
 
 _STATE, _ROUND = "participation", "round"
+_MOST_SEALED_BYTES = 2**30  # of backbone outputs; more are computed anew in every round
 _SHARED = "shared.safetensors"  # the newest shared arrays a device was sent, with their round; released, so public
 
 
 class Device(Protocol):
-    """The steps of a round on a device, in the order in which they are taken."""
+    """The steps of a round on a device, in the order in which they are taken.
+
+    Attributes:
+        foreseeable: Whether an owner's noise was drawn from a seed, which only a test can arrange; the reply says so.
+    """
+
+    foreseeable: bool
 
     def alone(self) -> AbstractContextManager[None]:
         """Hold off every other process of this device; ``RefusedError`` ``BUSY``."""
@@ -85,7 +93,9 @@ def find_device(context: Context) -> Device:
 
 
 class SimulatedDevice:
-    """One of many devices in a process; it lives as long as the simulation."""
+    """One of many devices in a process; it lives as long as the simulation, whose report is stamped as seeded."""
+
+    foreseeable = False
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -142,10 +152,18 @@ class SimulatedDevice:
 
 
 class OwnedDevice:
-    """A device with an owner, a home and a ledger."""
+    """A device with an owner, a home and a ledger.
 
-    def __init__(self, home: Home) -> None:
+    Args:
+        home: The owner's home.
+        randomness: For tests that compare with a simulation: where the draws of a campaign's round come from instead.
+            Nothing but a caller in this process can give it, and every reply is stamped, which a server refuses.
+    """
+
+    def __init__(self, home: Home, *, randomness: Callable[[Campaign, int], Randomness] | None = None) -> None:
         self._home = home
+        self._randomness = randomness
+        self.foreseeable = randomness is not None
         self._ledger: Ledger  # open while alone
         self._open: tuple[str, int] | None = None  # policy and round that is spent and not released
 
@@ -195,9 +213,13 @@ class OwnedDevice:
         return {slot.name: load(payload)[slot.name] for slot in campaign.policy.array_slots()}
 
     def records(self, campaign: Campaign) -> tuple[Workbench, Features, Targets]:
-        """Every record in the store, all of them training rows."""
-        bench = _workbench(str(self._home.folder), campaign.policy.sha256)
-        features, targets = read_inputs(self._home, bench)
+        """Every record of store and folder that the policy lets take part, all of them training rows."""
+        policy = campaign.policy
+        bench = _workbench(str(self._home.folder), policy.sha256)
+        records = training_records(
+            self._home, policy_sha256=policy.sha256, task=campaign.scenario.task.name, added=policy.added_records
+        )
+        features, targets = read_inputs(self._home, bench, records)
         prepared = [bench.head.prepare(features.select([row])) for row in range(len(features))]
         return bench, Features([_only(record) for record in prepared]), targets
 
@@ -211,7 +233,7 @@ class OwnedDevice:
 
     def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
         """A new key of the operating system for every round."""
-        return SecureRandomness()
+        return self._randomness(campaign, round_number) if self._randomness else SecureRandomness()
 
     def release(self, campaign: Campaign, request: Request, update: Arrays) -> None:
         """Note bytes and hash in the ledger before anything is sent."""
@@ -262,14 +284,15 @@ def forget_workbenches() -> None:
     _workbench.cache_clear()
 
 
-def read_inputs(home: Home, bench: Workbench) -> tuple[Features, Targets]:
-    """Backbone outputs and targets of the records in an owner's store, but for those the base cannot take.
+def read_inputs(home: Home, bench: Workbench, records: Sequence[Record]) -> tuple[Features, Targets]:
+    """Backbone outputs and targets of an owner's records, but for those the base cannot take.
 
     Such a record counts as zero, as one with a NaN does: an error would tell that it is there. The outputs are as
-    telling as the text: they are kept in the vault, with a hash of what they were computed from.
+    telling as the text: they are kept in the vault, with hashes of what they were computed from.
     """
-    records = home.records().read() if (home.folder / "vault").exists() else ()  # a home that forgot has none
     if not records:
+        if (home.folder / "vault").exists():
+            home.vault().delete(_sealed_name(bench))
         return Features([]), Scores([])
     encoded = [_encode(bench, record) for record in records]
     features = _sealed_features(home.vault(), bench, [one.token_ids[0] for one in encoded])
@@ -309,17 +332,34 @@ def _only(features: Features) -> np.ndarray:
     return array
 
 
+def _sealed_name(bench: Workbench) -> str:
+    return f"features/{bench.base.sha256[:16]}-{len(bench.head.blocks)}"
+
+
 def _sealed_features(vault: Vault, bench: Workbench, token_ids: list[list[int]]) -> Features:
-    """Backbone outputs from the vault, or computed and sealed there; only the newest set of a cut is kept."""
-    blocks = len(bench.head.blocks)
-    text = "|".join(",".join(map(str, ids)) for ids in token_ids)
-    key = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)  # inside: a name would confirm a guess
-    name = f"features/{bench.base.sha256[:16]}-{blocks}"
-    content = load(vault.open(name)) if vault.names(name) else {}
-    if not content or not np.array_equal(content["key"], key):
-        arrays = [_hidden(bench, ids, blocks) for ids in token_ids]
-        lengths = np.array([len(array) for array in arrays], dtype=np.int64)
-        content = {"key": key, "values": np.concatenate(arrays), "lengths": lengths}
-        vault.seal(name, save(content))
-    ends = np.cumsum(content["lengths"])[:-1]
-    return Features(np.split(content["values"], ends))
+    """Backbone outputs from the vault, or computed and sealed there; of a cut only the newest set is kept.
+
+    A text is found by the hash of its tokens: where records come and go only what is new is computed.
+    """
+    blocks, name = len(bench.head.blocks), _sealed_name(bench)
+    keys = [hashlib.sha256(",".join(map(str, ids)).encode()).digest() for ids in token_ids]
+    texts = dict(zip(keys, token_ids, strict=True))
+    kept = _unpack_features(vault.open(name)) if vault.names(name) else {}
+    arrays = {key: kept[key] if key in kept else _hidden(bench, ids, blocks) for key, ids in texts.items()}
+    if arrays.keys() != kept.keys() and sum(array.nbytes for array in arrays.values()) <= _MOST_SEALED_BYTES:
+        vault.seal(name, _pack_features(arrays))
+    return Features([arrays[key] for key in keys])
+
+
+def _pack_features(arrays: Mapping[bytes, np.ndarray]) -> bytes:
+    keys = np.frombuffer(b"".join(arrays), dtype=np.uint8)  # inside: a name would confirm a guess
+    lengths = np.array([len(array) for array in arrays.values()], dtype=np.int64)
+    return save({"keys": keys, "values": np.concatenate(list(arrays.values())), "lengths": lengths})
+
+
+def _unpack_features(content: bytes) -> dict[bytes, np.ndarray]:
+    found = load(content)
+    if "keys" not in found:  # sealed by an earlier version, under one hash of all of them
+        return {}
+    keys = [key.tobytes() for key in found["keys"].reshape(-1, hashlib.sha256().digest_size)]
+    return dict(zip(keys, np.split(found["values"], np.cumsum(found["lengths"])[:-1]), strict=True))

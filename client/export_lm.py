@@ -8,6 +8,7 @@ probe texts, on a greedy answer through the key-value cache, and on the known an
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from client.artifact import (
     ADAPTER,
     DEFAULT_BASE,
     MANIFEST,
+    MIN_ONNXRUNTIME,
     MODEL,
-    PERSONAL_NOTE,
     SCHEMA,
     TOKENIZER,
     describe_contents,
@@ -32,17 +33,22 @@ from client.artifact import (
     write_head,
     write_json,
 )
-from client.generation import MAX_TOLERANCE, Generator, open_generator
+from client.chat import read_chat
+from client.export import head_manifest
+from client.generation import Generator, bind_generator, check_known_answer, open_generator
 from client.graph_lm import build_lm_graph, list_slots, lm_graph_key, read_cache_shape, read_stop_ids, slot_layers
 from client.language import LanguageBase, lm_base_id, open_lm_base
+from client.parity import PRECISIONS, Parity, check_precision
+from client.runtime import MAX_TOLERANCE, identity
 from client.slots import describe_slot, graph_format, read_graph, store_graph
 from shared.errors import HeadError
 
 Logits = Callable[[np.ndarray], np.ndarray]  # token ids (1, T) int64 -> logits (1, T, V)
 
-TOLERANCE = 1e-3  # largest absolute difference of a logit between torch and ONNX Runtime
-GREEDY_TOKENS = 32
-_GREEDY_PROBES = 1
+TOLERANCE = 1e-3  # largest absolute difference of a logit between torch and ONNX Runtime, in fp32
+REL_RMS, HEAD_REL_RMS = 0.1, 0.2  # of the logits in 8 bits: the base's alone, and with an adapter
+GREEDY_TOKENS, HEAD_GREEDY_TOKENS = 32, 4  # of an answer that torch must give too: the base's, and with an adapter
+_HEAD_PROBES, _PROBE_TOKENS = 3, 24  # what a head is compared on; its base was, on every text, at its own export
 _KNOWN_TEXT = "The film begins in a small town. I liked it because"  # public: it goes into every manifest
 _KNOWN_PLACES = 8  # logits in a known answer
 _MIN_EFFECT = 1e-3  # an adapter that changes less cannot be told from another machine's rounding
@@ -60,6 +66,7 @@ def export_lm_base(
     logits: Logits | None = None,
     template: str = "{text}",
     cache: Path | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Write the fleet's language model: one ONNX graph with a key-value cache and empty LoRA slots.
 
@@ -74,6 +81,7 @@ def export_lm_base(
         logits: The reference; by default the model as transformers loads it.
         template: What devices put around a prompt, at ``{text}``, as in training; not around the probe texts.
         cache: Folder of finished graphs; one made before from the same base and slots is used again.
+        precision: ``fp32``, or ``int8`` for products in 8 bits.
 
     Returns:
         The manifest as written.
@@ -83,8 +91,10 @@ def export_lm_base(
             outputs, or torch and ONNX Runtime differ. The folder is left as it was.
 
     Guarantee:
-        With no adapter the logits equal those of the graph without slots bit for bit on the probe texts.
+        With no adapter the logits of an fp32 base equal those of the graph without slots bit for bit on the probe
+        texts.
     """
+    check_precision(precision)
     probes = distinct(probe_texts)
     shape, positions = read_cache_shape(model_folder)
     if not 1 <= max_tokens <= positions:
@@ -92,10 +102,11 @@ def export_lm_base(
     if template.count("{text}") != 1:
         raise HeadError(f"template must hold {{text}} exactly once, got {template!r}.")
     layers = slot_layers(model_folder, blocks, targets)
-    key = lm_graph_key(base_sha256, list(layers))
+    key = lm_graph_key(base_sha256, list(layers), precision)
     model = read_graph(cache, key)
     if model is None:
-        model = build_lm_graph(model_folder, layers, token_ids=_encode(model_folder / TOKENIZER, probes, max_tokens))
+        token_ids = _encode(model_folder / TOKENIZER, probes, max_tokens)
+        model = build_lm_graph(model_folder, layers, token_ids=token_ids, precision=precision)
         store_graph(cache, key, model)
     with new_folder(folder) as new:
         (new / MODEL).write_bytes(model)
@@ -109,10 +120,13 @@ def export_lm_base(
                 "max_tokens": max_tokens,
                 "stop_ids": read_stop_ids(model_folder),
                 "template": template,
+                **read_chat(model_folder),
             },
             "slots": list_slots(layers),
             "cache": {"layers": shape.layers, "heads": shape.heads, "width": shape.width},
+            "quant": PRECISIONS[precision],
             "onnx": graph_format(model),
+            "runtime": {"onnxruntime": MIN_ONNXRUNTIME},
         }
         del model
         manifest["id"] = lm_base_id(manifest)
@@ -134,6 +148,8 @@ def build_lm_head(
     privacy: Mapping[str, object],
     probe_texts: Sequence[str],
     created: datetime,
+    sequence: int = 0,
+    expires: datetime | None = None,
 ) -> dict[str, bytes]:
     """Make one user's adapter for an exported language model, and prove that the device computes what torch does.
 
@@ -144,9 +160,11 @@ def build_lm_head(
         scaling: The factor of B @ A in training.
         logits: The reference in torch, with this adapter.
         user: The user's id, written to the manifest.
-        privacy: The claim that belongs to the head's shared part, written as given.
-        probe_texts: At least 16 different texts; they are compared and not written.
+        privacy: What left the device before, written as given.
+        probe_texts: At least 16 different texts, of which three are compared; none is written.
         created: Time of the export, written to the manifest.
+        sequence: Of the home's heads, counting up; 0 for a head of no home.
+        expires: From when on a home takes it no more; None for a head of no home.
 
     Returns:
         The files of the head by name; nothing of them has been on disk.
@@ -156,33 +174,26 @@ def build_lm_head(
             no effect although its tensors say otherwise.
 
     Guarantee:
-        The device's own runtime, reading these very bytes, agrees with torch on every probe text.
+        The device's own runtime, reading these very bytes, agrees with torch: on the known text, 24 tokens of three
+        texts after it, four that it then chooses through its cache, and the known answer. What no adapter touches was
+        proven on all texts at the base's own export.
     """
     probes = distinct(probe_texts)
     base = base_folder if isinstance(base_folder, LanguageBase) else open_lm_base(base_folder)
     tensors = slot_tensors(lora, scaling=scaling)
     content = save(tensors)
     manifest: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": "lm-adapter",
-        "user": user,
-        "created": created.isoformat(timespec="seconds"),
-        "personal_data": PERSONAL_NOTE,
-        "base": {
-            "id": base.id,
-            "model_sha256": base.model_sha256,
-            "base_sha256": base_sha256,
-            "folder": DEFAULT_BASE,
-        },
+        **head_manifest("lm-adapter", user=user, privacy=privacy, created=created, sequence=sequence, expires=expires),
+        "base": {**identity(base), "base_sha256": base_sha256, "folder": DEFAULT_BASE},
         "files": describe_contents({ADAPTER: content}),
         "rank": max((array.shape[1] for name, array in tensors.items() if name.endswith(".A")), default=0),
         "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
-        "privacy": dict(privacy),
-        "known_answer": _known_answer(base, tensors, logits),
     }
-    personal = open_generator({ADAPTER: content, MANIFEST: manifest_bytes(manifest)}, base=base)
-    manifest["parity"] = _compare(personal, logits, probes)
-    return {ADAPTER: content, MANIFEST: manifest_bytes(manifest)}
+    personal = bind_generator({ADAPTER: content, MANIFEST: manifest_bytes(manifest)}, base)
+    manifest["parity"], manifest["known_answer"] = _compare_head(personal, logits, probes)
+    files = {ADAPTER: content, MANIFEST: manifest_bytes(manifest)}
+    check_known_answer(Path("head in memory"), bind_generator(files, base))
+    return files
 
 
 def export_lm_head(
@@ -198,7 +209,7 @@ def export_lm_head(
     probe_texts: Sequence[str],
     created: datetime,
 ) -> dict[str, Any]:
-    """Write the head that ``build_lm_head`` makes of the same arguments, in plain, into a folder.
+    """Write the head that ``build_lm_head`` makes of the same arguments, in plain and unsigned, into a folder.
 
     Args:
         folder: Replaced as a whole at the end, or left as it was; the base's sibling by convention.
@@ -264,36 +275,75 @@ def torch_logits(model_folder: Path) -> Logits:
     return logits
 
 
-def _compare(generator: Generator, logits: Logits, probes: Sequence[str]) -> dict[str, Any]:
-    """The device's runtime against torch, text by text and then token by token through the cache, or HeadError."""
-    base = generator.base
-    texts = [ids[: base.max_tokens] for ids in (base.tokenizer.encode(text).ids for text in probes) if ids]
-    difference = max(_difference(generator.logits(ids), _reference(logits, ids)) for ids in texts)
-    room = base.max_tokens - GREEDY_TOKENS
-    prompts = [ids[:room] for ids in sorted(texts, key=len)[-_GREEDY_PROBES:]] if room >= 1 else []
-    for prompt in prompts:
-        steps = list(generator.steps(prompt, max_new_tokens=GREEDY_TOKENS, stop_at_eos=False))
-        answer = [token for token, _ in steps]
-        # Torch reads prompt and answer at once; by induction its own greedy answer is the same where each choice is.
-        wanted = _reference(logits, prompt + answer[:-1])[len(prompt) - 1 :]
-        difference = max(difference, _difference(np.stack([row for _, row in steps]), wanted))
-        if answer != wanted.argmax(1).tolist():
-            raise HeadError(
-                f"ONNX Runtime and torch must choose the same {GREEDY_TOKENS} greedy tokens, got others with "
-                f"logits within {difference:.2g}; nothing was written. Choose other probe texts if two are as likely."
-            )
-    return {
-        "n_probes": len(texts),
-        "max_abs": difference,
-        "tolerance": TOLERANCE,
-        "greedy_tokens": len(prompts) * GREEDY_TOKENS,
-    }
+def _compare(bare: Generator, logits: Logits, probes: Sequence[str]) -> dict[str, Any]:
+    """The base in the device's runtime against torch, text by text and then token by token, or HeadError."""
+    base = bare.base
+    texts = [ids[: base.max_tokens] for ids in map(base.tokens, probes) if ids]
+    parity = Parity("the logits of the probe texts", precision=base.precision, max_abs=TOLERANCE, rel_rms=REL_RMS)
+    for ids in texts:
+        parity.add(bare.logits(ids), _reference(logits, ids))
+    longest = max(texts, key=len, default=[])[: max(0, base.max_tokens - GREEDY_TOKENS)]
+    answer = _compare_answer(bare, logits, longest, parity, count=GREEDY_TOKENS) if longest else None
+    return _described(parity, len(texts), answer, base)
 
 
-def _known_answer(base: LanguageBase, tensors: Mapping[str, np.ndarray], logits: Logits) -> dict[str, Any]:
-    """Torch's logits with the adapter where it changes them most, and the base's without it."""
-    token_ids = base.tokenizer.encode(_KNOWN_TEXT).ids[: base.max_tokens]
-    personal = _reference(logits, token_ids)[-1]
+def _compare_head(personal: Generator, logits: Logits, probes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parity and known answer of a head, from one run of torch, or HeadError."""
+    base = personal.base
+    known = base.tokens(_KNOWN_TEXT)[: base.max_tokens]
+    chosen = probes[:: max(1, len(probes) // _HEAD_PROBES)][:_HEAD_PROBES]
+    row = [*known, *[token for text in chosen for token in base.tokens(text)][:_PROBE_TOKENS]]
+    room = base.max_tokens - HEAD_GREEDY_TOKENS
+    count = HEAD_GREEDY_TOKENS if room >= len(known) else 0
+    parity = Parity("the logits of the probe texts", precision=base.precision, max_abs=TOLERANCE, rel_rms=HEAD_REL_RMS)
+    answer = _compare_answer(personal, logits, row[: room if count else base.max_tokens], parity, count=count)
+    after = len(known) - 1
+    # Torch's word in fp32; the runtime's own on a base of 8 bits, which is further from torch than from itself.
+    said = (answer.wanted if base.precision == "fp32" else answer.found)[after].astype(np.float64)
+    return _described(parity, len(chosen), answer, base), _known_answer(base, personal.adapter, known, said)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Logits (T, V) of a prompt by the device's runtime, by torch those of the answer too; and the answer's length."""
+
+    found: np.ndarray
+    wanted: np.ndarray
+    tokens: int
+
+
+def _compare_answer(
+    generator: Generator, logits: Logits, prompt: Sequence[int], parity: Parity, *, count: int
+) -> _Compared:
+    """A prompt, and tokens chosen one by one through the cache, against torch, or HeadError."""
+    base, answer = generator.base, list[int]()
+    found, cache = base.run(prompt, base.cache.empty(), adapter=generator.adapter)
+    rows = [found]
+    for _ in range(count):
+        answer.append(int(rows[-1][-1].argmax()))
+        if len(answer) < count:
+            found, cache = base.run(answer[-1:], cache, adapter=generator.adapter)
+            rows.append(found)
+    # Torch reads prompt and answer at once; by induction its own greedy answer is the same where each choice is.
+    wanted = _reference(logits, [*prompt, *answer[:-1]])
+    parity.add(np.concatenate(rows), wanted)
+    if base.precision == "fp32" and answer != wanted[len(prompt) - 1 :].argmax(1).tolist()[:count]:
+        raise HeadError(
+            f"ONNX Runtime and torch must choose the same {count} greedy tokens, got others with "
+            f"logits within {TOLERANCE}; nothing was written. Choose other probe texts if two are as likely."
+        )
+    return _Compared(rows[0], wanted, count)
+
+
+def _described(parity: Parity, texts: int, answer: _Compared | None, base: LanguageBase) -> dict[str, Any]:
+    equal = answer.tokens if answer and base.precision == "fp32" else 0
+    return {"n_probes": texts, **parity.described(), "greedy_tokens": equal}
+
+
+def _known_answer(
+    base: LanguageBase, tensors: Mapping[str, np.ndarray], token_ids: list[int], personal: np.ndarray
+) -> dict[str, Any]:
+    """Logits (V,) with the adapter where it changes them most, and the base's without it."""
     bare = base.run(token_ids, base.cache.empty(), adapter={})[0][-1].astype(np.float64)
     change = np.abs(personal - bare)
     effect = float(change.max())
@@ -309,25 +359,14 @@ def _known_answer(base: LanguageBase, tensors: Mapping[str, np.ndarray], logits:
         "places": places.tolist(),
         "logits": personal[places].tolist(),
         "without_adapter": bare[places].tolist(),
-        "tolerance": min(MAX_TOLERANCE, effect / 4) if active else MAX_TOLERANCE,
+        "tolerance": min(MAX_TOLERANCE[base.precision], effect / 4) if active else MAX_TOLERANCE[base.precision],
     }
 
 
 def _reference(logits: Logits, token_ids: Sequence[int]) -> np.ndarray:
-    """Torch's logits (T, V) in float64."""
-    found: np.ndarray = logits(np.asarray([token_ids], dtype=np.int64))[0].astype(np.float64)
+    """Torch's logits (T, V)."""
+    found: np.ndarray = logits(np.asarray([token_ids], dtype=np.int64))[0]
     return found
-
-
-def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest absolute difference between ONNX Runtime and torch, or HeadError."""
-    difference = float(np.abs(found.astype(np.float64) - wanted).max()) if found.shape == wanted.shape else np.inf
-    if not difference <= TOLERANCE:
-        raise HeadError(
-            f"ONNX Runtime and torch must agree within {TOLERANCE} on the logits of the probe texts, got "
-            f"{difference:.3g}; nothing was written. Export the base again; if that does not help, please report it."
-        )
-    return difference
 
 
 def _encode(tokenizer: Path, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
@@ -336,4 +375,5 @@ def _encode(tokenizer: Path, texts: Sequence[str], max_tokens: int) -> list[list
     read = Tokenizer.from_file(str(tokenizer))
     read.no_padding()
     read.no_truncation()
-    return [ids[:max_tokens] for ids in (encoding.ids for encoding in read.encode_batch(list(texts))) if ids]
+    encodings = read.encode_batch(list(texts), add_special_tokens=False)
+    return [encoding.ids[:max_tokens] for encoding in encodings if encoding.ids]

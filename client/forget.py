@@ -20,6 +20,7 @@ from client.keystore import DATA_KEY
 from client.ledger import Event, Ledger, Standing
 from client.owner import BEGUN, RECEIPTS, alone
 from client.private_files import disk_errors, private_folder, remove_private, write_private
+from client.sources import SOURCE, remove_source
 from client.vault import KEY_FILE, shred_vault
 from shared.errors import LedgerError, StoreError
 from shared.files import flush_folder
@@ -29,6 +30,7 @@ _SCHEMA = "sottovoce receipt 1"
 _REMAINS = (
     ("the ledger's counters", "what was spent of epsilon and delta stays spent: forgetting gives no budget back"),
     ("the ledger's key and anchor, in the keystore", "so that nobody can lower those counters unseen"),
+    ("the number of the newest private head, in the keystore", "so that an old one cannot be put back unseen"),
     ("this receipt", "so that the owner can show what was deleted; it holds no text"),
 )
 _SENT = (
@@ -39,6 +41,7 @@ _BEYOND = (
     "Copies and backups of the home made earlier are not reached; without the data key, which is gone here, those of "
     "the vault alone cannot be read."
 )
+_BEYOND_FOLDER = "The files of your data folder are yours and stay as they are; only where they lie was forgotten."
 _BEYOND_FILE = (
     "The keys were files: a backup of the home holds them too, and a disk that never writes in place may keep the old "
     "blocks although they were overwritten."
@@ -67,6 +70,7 @@ def forget(home: Home, *, copy_to: Path | None = None) -> dict[str, Any]:
         begun = _note_begun(home)
         shred_vault(home.folder / "vault", home.keystore)
         _remove_campaigns(home.folder / "campaigns")
+        remove_source(home)
         _note(home, begun)  # there may be room now
         try:
             with home.ledger(round_running=False) as ledger:
@@ -159,7 +163,8 @@ def _names(home: Home) -> list[str]:
     names = [name.rpartition("-")[0] if name.startswith("features/") else name for name in names]
     keys = [f"keys/{DATA_KEY}"] if home.keystore.read(DATA_KEY) is not None else []
     keys += [f"keys/{KEY_FILE} (wrapped)"] if (vault / KEY_FILE).exists() else []
-    return sorted({*keys, *names, *(f"campaigns/{path.name}" for path in campaigns.glob("*"))})
+    source = [SOURCE] if (home.folder / SOURCE).exists() else []
+    return sorted({*keys, *names, *source, *(f"campaigns/{path.name}" for path in campaigns.glob("*"))})
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
@@ -208,7 +213,11 @@ def _receipt(home: Home, begun: _Begun, *, left: dict[str, Any]) -> dict[str, An
         "deleted": {"records": begun.records, "files": _counts(begun.names), "names": begun.names},
         "remains": [{"what": what, "why": why} for what, why in _REMAINS],
         "left_the_device": left,
-        "out_of_reach": [_BEYOND, *([_BEYOND_FILE] if home.keystore.weak else [])],
+        "out_of_reach": [
+            _BEYOND,
+            *([_BEYOND_FILE] if home.keystore.weak else []),
+            *([_BEYOND_FOLDER] if SOURCE in begun.names else []),
+        ],
     }
 
 

@@ -5,13 +5,12 @@ device, that the adapter is at work; client/language.py opens the base beside it
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 
 from client.artifact import (
     ADAPTER,
@@ -29,10 +28,11 @@ from client.artifact import (
     read_file,
     read_manifest,
 )
-from client.language import LanguageBase, open_lm_base
+from client.language import Cache, LanguageBase, open_lm_base
+from client.runtime import MAX_TOLERANCE, check_runtime, identity, wrong_answer
 from shared.errors import HeadError
 
-MAX_TOLERANCE = 1e-3  # between the known answer and this device's
+_CHUNK_TOKENS = 128  # of a prompt read at once; its logits are V floats a token
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,20 @@ class Generator:
         _check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         _check_length(self.base, len(token_ids), max_new_tokens)
         random = np.random.default_rng(seed)
-        cache, following = self.base.cache.empty(), token_ids
-        for _ in range(max_new_tokens):
-            logits, cache = self.base.run(following, cache, adapter=self.adapter)
+        logits, cache = self._read(token_ids)
+        for count in range(1, max_new_tokens + 1):
             token = choose(logits[-1], temperature=temperature, top_p=top_p, random=random)
             yield token, logits[-1]
-            if stop_at_eos and token in self.base.stop_ids:
+            if count == max_new_tokens or (stop_at_eos and token in self.base.stop_ids):
                 return
-            following = [token]
+            logits, cache = self.base.run([token], cache, adapter=self.adapter)
+
+    def _read(self, token_ids: Sequence[int]) -> tuple[np.ndarray, Cache]:
+        """The prompt's last logits (1, V) and its cache; of a long prompt the others are never held together."""
+        cache = self.base.cache.empty()
+        for start in range(0, len(token_ids), _CHUNK_TOKENS):
+            logits, cache = self.base.run(token_ids[start : start + _CHUNK_TOKENS], cache, adapter=self.adapter)
+        return logits[-1:], cache
 
     def generate(
         self,
@@ -145,33 +151,44 @@ class Generator:
         stop_at_eos: bool = True,
     ) -> Iterator[str]:
         """The text of ``generate``, same arguments, piece by piece as it comes; no character is ever split."""
-        answer: list[int] = []
-        shown = ""
-        for token, _ in self.steps(
+        found = self.steps(
             self.base.encode(prompt),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
             stop_at_eos=stop_at_eos,
-        ):
-            answer.append(token)
-            text = _decode(self.base, answer)
-            if len(text) > len(shown) and not text.endswith("\ufffd"):  # else a character's bytes are still coming
-                yield text[len(shown) :]
-                shown = text
-        rest = _decode(self.base, answer)[len(shown) :]
-        if rest:
-            yield rest
+        )
+        return (piece for piece in spell(self.base, (token for token, _ in found)) if piece)
 
 
-def open_generator(folder: Files, *, base: Path | LanguageBase | None = None, threads: int = 1) -> Generator:
+def spell(base: LanguageBase, token_ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens: a piece a token, empty while a character's bytes are still coming, and then the rest."""
+    answer: list[int] = []
+    shown = ""
+    for token in token_ids:
+        answer.append(token)
+        text = _decode(base, answer)
+        certain = len(text) > len(shown) and not text.endswith("\ufffd")
+        yield text[len(shown) :] if certain else ""
+        shown = text if certain else shown
+    yield _decode(base, answer)[len(shown) :]
+
+
+def open_generator(
+    folder: Files,
+    *,
+    base: Path | LanguageBase | None = None,
+    threads: int = 1,
+    signers: Collection[str] | None = None,
+) -> Generator:
     """Open a personal language head, or a base alone, checking everything before the first token.
 
     Args:
         folder: Holds the user's adapter and its manifest; or these files themselves, by name; or the base itself.
         base: Folder of the head's base, or an opened one; by default the sibling ``base`` of ``folder``.
         threads: Of a base that is opened here.
+        signers: Fingerprints of the keys of which one must have signed the manifest; None asks for no signature.
 
     Raises:
         HeadError: A file is missing, damaged or not the one its manifest names; the adapter is another base's; its
@@ -181,27 +198,34 @@ def open_generator(folder: Files, *, base: Path | LanguageBase | None = None, th
         What runs are the bytes whose hashes were checked, and a head never answers as the base without its adapter.
     """
     in_folder = isinstance(folder, Path)  # a base is too large to be read from anywhere else
-    manifest = read_manifest(folder, "lm-adapter", *(["lm-base"] if in_folder else []))
+    manifest = read_manifest(folder, "lm-adapter", *(["lm-base"] if in_folder else []), signers=signers)
     place = place_of(folder)
     if manifest["kind"] == "lm-base":
         if base is not None:
             raise HeadError(f"{place} must be a head when a base is named, got a base; leave one of them out.")
         opened = open_lm_base(place, threads=threads)
         return Generator(None, opened, {}, manifest)
-    content = read_file(folder, manifest, ADAPTER)
     if not isinstance(base, LanguageBase):
         base = open_lm_base(base_folder(folder, base), threads=threads)
-    found = {"id": base.id, "model_sha256": base.model_sha256, "base_sha256": base.base_sha256}
-    check_binding(place, manifest, found)
+    generator = bind_generator(folder, base, signers=signers)
+    check_known_answer(place, generator)
+    return generator
+
+
+def bind_generator(folder: Files, base: LanguageBase, *, signers: Collection[str] | None = None) -> Generator:
+    """A head whose every check is passed but the known answer; see ``open_generator``."""
+    manifest = read_manifest(folder, "lm-adapter", signers=signers)
+    place = place_of(folder)
+    check_binding(place, manifest, identity(base))
+    check_runtime(place, manifest)
+    content = read_file(folder, manifest, ADAPTER)
     adapter = parse_adapter(place / ADAPTER, content)
     check_listed(place, manifest, adapter)
     check_slots(place, adapter, base.slots)
     user = manifest.get("user")
     if not isinstance(user, str):
         raise damaged(place / MANIFEST, f"user must be a string, got {user!r}")
-    generator = Generator(user, base, adapter, manifest)
-    check_known_answer(place, generator)
-    return generator
+    return Generator(user, base, adapter, manifest)
 
 
 def choose(logits: np.ndarray, *, temperature: float, top_p: float, random: np.random.Generator) -> int:
@@ -241,7 +265,8 @@ def check_known_answer(folder: Path, generator: Generator) -> None:
         tolerance = float(known["tolerance"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(path, f"unreadable known answer {error}") from None
-    if not (0 < tolerance <= MAX_TOLERANCE and wanted.shape == bare.shape == (len(places),) and places):
+    limit = MAX_TOLERANCE[generator.base.precision]
+    if not (0 < tolerance <= limit and wanted.shape == bare.shape == (len(places),) and places):
         raise damaged(path, "its known answer must have a tolerance, places and as many logits")
     if lora_differs(generator.adapter) and not np.abs(wanted - bare).max() >= 2 * tolerance:
         raise damaged(path, "its known answer must tell the adapter from its absence")
@@ -250,11 +275,7 @@ def check_known_answer(folder: Path, generator: Generator) -> None:
         raise damaged(path, f"its known answer must lie in a vocabulary of {len(logits)}")
     difference = float(np.abs(logits[places] - wanted).max())
     if not difference <= tolerance:
-        raise HeadError(
-            f"{folder} must give its known answer within {tolerance:g} on this device, got a difference of "
-            f"{difference:.3g}: the adapter is not at work, or onnxruntime {onnxruntime.__version__} computes "
-            "otherwise; export the head again."
-        )
+        raise wrong_answer(folder, difference, tolerance)
 
 
 def _check_settings(*, max_new_tokens: int, temperature: float, top_p: float) -> None:

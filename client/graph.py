@@ -1,4 +1,4 @@
-"""The base as one ONNX graph with empty slots, traced by torch."""
+"""The base as one ONNX graph with empty slots, traced by torch; in float32, or its weights in 8 bits."""
 
 import ast
 import contextlib
@@ -16,6 +16,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from client.parity import PRECISIONS
+from client.quantize import quantize_weights
 from client.runtime import open_session, run_session
 from client.slots import (
     add_optional_input,
@@ -31,7 +33,7 @@ from shared.errors import HeadError
 from shared.model import Base
 
 _OPSET = 20
-_GRAPH_VERSION = 1  # raise when the graph this module makes changes: it names the cached graphs
+_GRAPH_VERSION = 2  # raise when the graph this module makes changes: it names the cached graphs
 
 
 def slot_layers(base: Base, blocks: Sequence[int], targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -83,10 +85,21 @@ def build_graph(
     max_tokens: int,
     centre: float,
     token_ids: Sequence[Sequence[int]],
+    precision: str = "fp32",
 ) -> bytes:
-    """Trace the base, put the slots in, and show that they change nothing while they are empty."""
+    """Trace the base, put the slots in, and show that they change nothing while they are empty.
+
+    In 8 bits they may: ONNX Runtime fuses the graph without slots otherwise, and each rounds activations at its places.
+    The graph with slots is the one that the export then compares with torch.
+    """
     graph = _trace(PooledBase(base), max_tokens=max_tokens)
     check_size(graph)
+    _name_products(graph, base, layers)
+    if precision == "int8":
+        graph = quantize_weights(graph)
+        _insert_slots(graph, base, layers, centre=centre)
+        strip_metadata(graph)
+        return bytes(graph.SerializeToString())
     plain = graph.SerializeToString()
     _insert_slots(graph, base, layers, centre=centre)
     strip_metadata(graph)
@@ -135,24 +148,35 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _insert_slots(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str, nn.Linear], *, centre: float) -> None:
-    """Add x @ A @ B beside every layer's product, and the output layer after the pooling, in place."""
+def _name_products(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str, nn.Linear]) -> None:
+    """Call the product of every layer as its slot, so that it is found again after quantisation."""
     graph = graph_model.graph
     module_names = {module: name for name, module in PooledBase(base).named_modules()}
     by_module = {module_names[layer]: (slot, layer) for slot, layer in layers.items()}
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    nodes, done = [], []
+    done = []
     for node in graph.node:
-        nodes.append(node)
         if node.op_type != "MatMul" or node.input[1] not in weights:
             continue
         for name in by_module.keys() & set(_name_scopes(node)):
             slot, layer = by_module[name]
             weight = numpy_helper.to_array(weights[node.input[1]])  # (K, N)
-            if not np.array_equal(weight, layer.weight.detach().numpy().T):
-                continue
-            nodes += lora_nodes(node, slot)
-            done.append(slot)
+            if np.array_equal(weight, layer.weight.detach().numpy().T):
+                node.name = slot
+                done.append(slot)
+    check_found(done, layers)
+
+
+def _insert_slots(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str, nn.Linear], *, centre: float) -> None:
+    """Add x @ A @ B beside every named product, and the output layer after the pooling, in place."""
+    graph = graph_model.graph
+    products = {name: slot for slot in layers for name in (slot, f"{slot}_Q8")}
+    nodes, done = [], []
+    for node in graph.node:
+        nodes.append(node)
+        if node.name in products:
+            nodes += lora_nodes(node, products[node.name])
+            done.append(products[node.name])
     check_found(done, layers)
     nodes += [
         helper.make_node("MatMul", ["pooled", "output.weight"], ["output.product"]),
@@ -173,8 +197,8 @@ def _name_scopes(node: onnx.NodeProto) -> list[str]:
     return []
 
 
-def graph_key(base: Base, slots: Sequence[str], max_tokens: int, centre: float) -> str:
+def graph_key(base: Base, slots: Sequence[str], max_tokens: int, centre: float, precision: str) -> str:
     """Names a graph by all that decides its bytes."""
-    versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript")]
-    decisive = [_GRAPH_VERSION, _OPSET, versions, base.sha256, list(slots), max_tokens, centre]
+    versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")]
+    decisive = [_GRAPH_VERSION, _OPSET, versions, base.sha256, list(slots), max_tokens, centre, PRECISIONS[precision]]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:24]

@@ -2,6 +2,7 @@
 
     keystore.json  keys/     where the keys are; ``keys`` only without an OS keyring
     ledger.db                what was spent, and what left the device
+    source.json              where the owner's data folder lies, if there is one
     vault/                   records, features and private heads, encrypted
     campaigns/<policy>/      what the owner agreed to; public
     lock                     held by the process that trains

@@ -4,7 +4,7 @@ A base folder holds ``model.onnx`` (LoRA slots as optional inputs), ``tokenizer.
 client/artifact.py reads and checks them. Needs no more than the base install.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from tokenizers import Tokenizer
 from client.artifact import (
     MANIFEST,
     MODEL,
-    TOKENIZER,
     Arrays,
     Shape,
     damaged,
     manifest_id,
     parse_shape,
+    precision_of,
     read_file,
     read_manifest,
 )
-from client.runtime import open_session
+from client.runtime import check_runtime, open_session, read_tokenizer
 from shared.errors import HeadError
 
 _CHUNK_TOKENS = 128  # of a prompt per run; bounds the memory of the logits, V floats a token
@@ -63,6 +63,7 @@ class LanguageBase:
         stop_ids: Tokens that end an answer.
         max_tokens: Prompt and answer together.
         template: What is put around a prompt's text, at ``{text}``, as in training.
+        precision: ``fp32`` or ``int8``.
     """
 
     id: str
@@ -75,10 +76,15 @@ class LanguageBase:
     stop_ids: frozenset[int]
     max_tokens: int
     template: str
+    precision: str
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt inside the template."""
-        ids: list[int] = self.tokenizer.encode(self.template.replace("{text}", prompt)).ids
+        return self.tokens(self.template.replace("{text}", prompt))
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text as it stands: no special token is put around it, as in training."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def run(self, token_ids: Sequence[int], cache: Cache, *, adapter: Arrays) -> tuple[np.ndarray, Cache]:
@@ -91,21 +97,23 @@ class LanguageBase:
         return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)), cache
 
 
-def open_lm_base(folder: Path, *, threads: int = 1) -> LanguageBase:
+def open_lm_base(folder: Path, *, threads: int = 1, signers: Collection[str] | None = None) -> LanguageBase:
     """Open the fleet's language model from the very bytes that were hashed.
 
     Args:
         folder: Holds ``model.onnx``, ``tokenizer.json`` and ``manifest.json``.
         threads: For the matrix products; more than the machine has processors are not started.
+        signers: Fingerprints of the keys of which one must have signed the manifest; None asks for no signature.
 
     Raises:
         HeadError: A file is missing or not the one the manifest names, or this onnxruntime cannot run it.
     """
     if not threads >= 1:
         raise HeadError(f"threads must be at least 1, got {threads}.")
-    manifest = read_manifest(folder, "lm-base")
+    manifest = read_manifest(folder, "lm-base", signers=signers)
+    check_runtime(folder, manifest)
     model = read_file(folder, manifest, MODEL)
-    tokenizer = Tokenizer.from_str(read_file(folder, manifest, TOKENIZER).decode("utf-8"))
+    tokenizer = read_tokenizer(folder, manifest)
     try:
         slots = {slot["name"]: parse_shape(slot["shape"]) for slot in manifest["slots"]}
         floats = all(slot["dtype"] == "float32" for slot in manifest["slots"])
@@ -114,6 +122,7 @@ def open_lm_base(folder: Path, *, threads: int = 1) -> LanguageBase:
         template = check_template(manifest["tokenizer"]["template"])
         stop_ids = frozenset(int(token) for token in manifest["tokenizer"]["stop_ids"])
         base_sha256, model_sha256 = str(manifest["base_sha256"]), str(manifest["files"][MODEL]["sha256"])
+        precision = precision_of(manifest)
         wanted_id = lm_base_id(manifest)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(folder / MANIFEST, f"unreadable entry {error}") from None
@@ -131,7 +140,17 @@ def open_lm_base(folder: Path, *, threads: int = 1) -> LanguageBase:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return LanguageBase(
-        wanted_id, model_sha256, base_sha256, session, tokenizer, slots, cache, stop_ids, max_tokens, template
+        wanted_id,
+        model_sha256,
+        base_sha256,
+        session,
+        tokenizer,
+        slots,
+        cache,
+        stop_ids,
+        max_tokens,
+        template,
+        precision,
     )
 
 
@@ -144,7 +163,7 @@ def check_template(template: str) -> str:
 
 def lm_base_id(manifest: Mapping[str, Any]) -> str:
     """Short hash over what decides a language model's outputs."""
-    return manifest_id(manifest, "schema", "kind", "files", "base_sha256", "tokenizer", "slots", "cache")
+    return manifest_id(manifest, "schema", "kind", "files", "base_sha256", "tokenizer", "slots", "cache", "quant")
 
 
 def run_step(

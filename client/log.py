@@ -14,6 +14,8 @@ EVENTS: Mapping[str, frozenset[str]] = {
     "released": frozenset({"policy", "round"}),
     "repeated": frozenset({"policy", "round"}),
     "refused": frozenset({"code", "error", "place"}),
+    "service": frozenset({"state"}),
+    "undelivered": frozenset({"error", "place"}),
 }
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]{0,120}")  # a code, a hash, a type, a file and its line: nothing with a space
 

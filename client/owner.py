@@ -19,6 +19,7 @@ from client.ledger_log import file_errors
 from client.ledger_schema import is_unused
 from client.private_files import disk_errors, temporary_of
 from client.sealed_heads import HeadShelf
+from client.sources import Source, describe_source, remove_source, set_source
 from client.store import RecordStore
 from client.vault import KEY_FILE, Vault, create_vault
 from shared.datasets.records import Record
@@ -138,6 +139,28 @@ def add(home: Home, records: Sequence[Record]) -> Added:
     return Added(len(fresh), len(records) - len(fresh), len(kept) + len(fresh))
 
 
+def choose_source(home: Home, source: Source) -> None:
+    """Make a folder the home's data source, in place of an earlier one; after ``forget`` a new vault is made.
+
+    Raises:
+        DataError, StoreError: Folder or home cannot be used so, or a round is at work; nothing is changed.
+    """
+    source.read()  # a folder that cannot be read makes no vault
+    _vault(home)
+    with alone(home):
+        set_source(home, source)
+
+
+def drop_source(home: Home) -> bool:
+    """Use the home's folder no more; whether it had one.
+
+    Raises:
+        StoreError: A round is at work.
+    """
+    with alone(home):
+        return remove_source(home)
+
+
 def _vault(home: Home) -> Vault:
     folder = home.folder / "vault"
     if not (folder / KEY_FILE).exists():
@@ -197,6 +220,7 @@ def status(home: Home) -> dict[str, Any]:
         "delta": {"reserved": totals.delta, "cap": totals.cap_delta, "left": totals.left_delta},
         "campaigns": [_describe_standing(standing) for standing in standings],
         "data": _describe_data(home),
+        "source": describe_source(home),
         "forget_was_cut": (home.folder / RECEIPTS / BEGUN).exists(),
     }
 
@@ -268,11 +292,12 @@ def roll_back(home: Home, to: int | None) -> tuple[int | None, int]:
     """Go back to an earlier private head; the numbers of the versions current before and after.
 
     Raises:
-        StoreError: There is no such version.
+        StoreError, HeadError: There is no such version, or it is not one that this home signed.
     """
-    shelf = private_heads(home)
-    before = shelf.current()
-    return before, shelf.roll_back(to)
+    from client.verify import reactivate  # loads onnxruntime, which no other of these needs
+
+    before = private_heads(home).current()
+    return before, reactivate(home, to)
 
 
 @dataclass(frozen=True)

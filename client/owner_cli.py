@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 
+from client import source_cli
+from client.device_key import PUBLIC, make_device_key
 from client.owner_words import CAPS, history_lines, key_lines, offer_lines, plain, status_lines
+from client.service_cli import service_line
 from shared.errors import DataError, LedgerError, StoreError
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ CAP_EPSILON, CAP_DELTA = 16.0, 1e-4
 _PLACES = """\
 example:
   sottovoce client init --keystore os --cap-epsilon 16
+  sottovoce client init --keystore os --source ~/reviews --format csv --columns text=review,target=stars
 
 os keeps the keys in the operating system's keyring, file in the home's own folder: whoever reads that folder then
 reads your records too. Records, features and private heads are always encrypted.
@@ -50,6 +54,10 @@ def add_parsers(commands: "Subparsers") -> None:
     begin = _add(commands, "init", _init, "make a home: keys, ledger, encrypted store", _PLACES)
     begin.add_argument("--keystore", required=True, metavar="os|file", help="where the keys are kept")
     _add_caps(begin, defaults=True)
+    source_cli.add_reading(begin)
+    source = _add(commands, "source", source_cli.run, source_cli.SUMMARY, source_cli.EXAMPLES)
+    source_cli.add_arguments(source)
+    _add_json(source)
     add = _add(commands, "add", _add_records, "put your records into the encrypted store", _ADD)
     add.add_argument("--format", metavar="NAME", help="of a published data set (see: sottovoce list)")
     add.add_argument("--source", metavar="FOLDER|asset:NAME", help="where that data set lies")
@@ -79,6 +87,9 @@ def add_parsers(commands: "Subparsers") -> None:
     personalize = _add(commands, "personalize", _personalize, "fit your private head on this device")
     personalize.add_argument("--base", type=Path, required=True, metavar="DIR", help="folder of the fleet's ONNX base")
     personalize.add_argument("--campaign", metavar="POLICY", help="first digits of its policy (default: the only one)")
+    personalize.add_argument(
+        "--valid-days", type=int, default=365, metavar="N", help="the head expires after so many days (default: 365)"
+    )
 
 
 def default_home() -> Path:
@@ -149,12 +160,22 @@ def _init(options: argparse.Namespace) -> int:
     from client.owner import begin
 
     folder = options.home or default_home()
+    source = source_cli.named(options.source, options)
+    if source is not None:
+        source.read()  # before a home is made
     home = begin(folder, keystore=options.keystore, cap_epsilon=options.cap_epsilon, cap_delta=options.cap_delta)
     _say(
         f"home: {plain(home.folder)}",
         *key_lines(home.keystore.name, weak=home.keystore.weak, detects=home.keystore.detects_rollback),
         f"caps: epsilon {options.cap_epsilon:g}, delta {options.cap_delta:g}. {CAPS}",
     )
+    make_device_key(home.folder)
+    _say(
+        f"device key: {plain(home.folder / PUBLIC)}; to take part, give that file to an operator, who runs: "
+        "sottovoce server enrol device.pub --name NAME",
+    )
+    if source is not None:
+        _say(*source_cli.choose(home, source))
     return 0
 
 
@@ -219,12 +240,14 @@ def _withdraw(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from client.owner import status
 
-    found = status(open_owner_home(options.home))
-    _say(json.dumps(found, indent=2) if options.json else "\n".join(status_lines(found)))
+    home = open_owner_home(options.home)
+    found, service = status(home), service_line(home.folder)
+    lines = [*status_lines(found), *([service] if service else [])]
+    _say(json.dumps(found | {"service": service}, indent=2) if options.json else "\n".join(lines))
     if found["data"]["problem"]:
         print(f"sottovoce: {found['data']['problem']}", file=sys.stderr)
         return 2
-    return 0
+    return source_cli.complain(found["source"])
 
 
 def _history(options: argparse.Namespace) -> int:
@@ -312,7 +335,12 @@ def _recover(options: argparse.Namespace) -> int:
 def _personalize(options: argparse.Namespace) -> int:
     from client.private_head import personalize  # loads torch
 
-    done = personalize(open_owner_home(options.home), base_folder=options.base, prefix=options.campaign)
+    done = personalize(
+        open_owner_home(options.home),
+        base_folder=options.base,
+        prefix=options.campaign,
+        valid_days=options.valid_days,
+    )
     _say(
         f"private head: version {done.version} is current, fitted to {done.records} records and "
         f"{done.shared}; it is encrypted and never leaves the device",

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from shared.datasets.folder import REASONS
+
 if TYPE_CHECKING:
     from client.consent import Offer
 
@@ -35,6 +37,10 @@ def key_lines(name: str, *, weak: bool, detects: bool) -> list[str]:
 
 
 _RELATIONS = {"add-or-remove-one": "nobody can tell whether it was there"}
+_ADDED = {
+    "next-round": "one that you add is used from the next round on",
+    "next-campaign": "one that you add after the first round is not used in this campaign",
+}
 _FIELDS = {
     "arrays": "the noised change of the shared numbers",
     "config.policy": "the policy's hash",
@@ -52,6 +58,8 @@ def offer_lines(offer: "Offer") -> list[str]:
         "your records have in common, nor that you take part",
         f"price: epsilon {offer.epsilon:g}, delta {offer.delta:g} for all of it, reserved now and never given back",
         f"rounds: this device joins at most {offer.max_participations} of {offer.rounds}",
+        f"your records: {_ADDED.get(offer.added_records, plain(offer.added_records))}; one that is gone is used in no "
+        "later round",
         f"leaves the device: {', '.join(_FIELDS.get(name, plain(name)) for name in offer.reply_fields)}; no text, no "
         "count, no score",
         f"how much: {offer.numbers:,} numbers, {offer.payload_bytes:,} bytes a round (as history counts them; the "
@@ -74,6 +82,7 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
         *(line for campaign in found["campaigns"] for line in _campaign_lines(campaign)),
         *([] if found["campaigns"] else ["campaigns: none was ever agreed to; nothing can leave the device"]),
         *_data_lines(data),
+        *(source_lines(found["source"]) if found["source"] else []),
         *(["a deletion was cut: run sottovoce client forget again"] if found["forget_was_cut"] else []),
         *key_lines(keys["where"], weak=keys["weak"], detects=keys["rollback_detectable"]),
     ]
@@ -110,6 +119,26 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
     if not data["heads"]:
         return [records, "private heads: none"]
     return [records, f"private heads: {len(data['heads'])} versions, current {data['current_head']}"]
+
+
+_OF_USE = {"rating": "ratings", "generation": "language models"}
+
+
+def source_lines(source: Mapping[str, Any]) -> list[str]:
+    """A home's data folder, in counts."""
+    place = f"data folder: {plain(source['path'])}" if source["path"] else "data folder"
+    if source["problem"]:
+        return [f"{place}: cannot be read"]
+    columns = ", ".join(f"{field}={plain(column)}" for field, column in source["columns"].items())
+    of_use = " and of ".join(_OF_USE[task] for task in source["tasks"])
+    return [
+        f"{place} ({source['format']}; {columns}), read only",
+        f"  records there now: {source['records']}",
+        *(f"  left out: {count} {REASONS[reason]}" for reason, count in source["skipped"].items()),
+        f"  of use to campaigns of {of_use}"
+        if of_use
+        else "  of use to no campaign: ratings need the column of target, language models that of response",
+    ]
 
 
 def history_lines(events: list[dict[str, Any]]) -> list[str]:

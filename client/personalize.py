@@ -7,11 +7,11 @@ from typing import cast
 import numpy as np
 
 from client.finetune import fine_tune, keep
-from shared.adapter import Arrays, load_shared
+from shared.adapter import Arrays
 from shared.config import PersonalConfig
 from shared.errors import ScenarioError
 from shared.features import Features
-from shared.head import CausalHead, RatingHead, pooled_features
+from shared.head import CausalHead, RatingHead
 from shared.registry import lookup
 from shared.tasks import Targets
 
@@ -111,14 +111,6 @@ class PersonalMethod:
 def _is_finite(values: object, *, shape: tuple[int, ...]) -> bool:
     array = np.asarray(values)
     return array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
-
-
-def text_predictions(head: RatingHead, arrays: Arrays, features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features (n, d) and shared predictions (n,) of texts; the head is left with these shared arrays."""
-    load_shared(head, arrays)
-    pooled = pooled_features(head, features)
-    weight, bias = head.output_layer()
-    return pooled, pooled.astype(np.float64) @ weight + bias
 
 
 def fit_output(

@@ -6,7 +6,8 @@ else: the head is opened from the very bytes that are sealed.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,17 +20,21 @@ from client.device import newest_shared, read_inputs
 from client.home import Home
 from client.ledger import Standing
 from client.owner import checked_ledger, find_consent
-from client.personalize import PrivateOutput, fit_lora, fit_output, text_predictions
+from client.personalize import PrivateOutput, fit_lora, fit_output
 from client.site import Workbench, resident_base, use_threads
+from client.sources import records_of
+from client.verify import keep_head, next_sequence, open_home_base
+from shared.accounting import epsilon
 from shared.adapter import Arrays, load_shared, load_start, read_start
 from shared.campaign import Campaign, read_campaign
 from shared.claims import record_claim
 from shared.config import Scenario
-from shared.errors import CampaignError, LedgerError, StoreError
+from shared.errors import CampaignError, HeadError, LedgerError, StoreError
 from shared.features import Features
 from shared.head import CausalHead, RatingHead
 from shared.model import Base
 from shared.policy import Policy, check_extensions
+from shared.scoring import text_predictions
 from shared.tasks import Targets
 
 OWNER = "owner"  # the name in the manifest; whoever opens the vault knows whose it is
@@ -53,7 +58,9 @@ PROBES = (
     "Thank you, I will think about it and call you tomorrow.",
 )
 _OWN_PROBES = 16  # of the owner's texts; compared and not written
+VALID_DAYS = 365  # until a head expires
 _KEPT = 10  # newest versions of the head an owner can go back to
+_MAX_VALID_DAYS = 3650
 
 
 @dataclass(frozen=True)
@@ -74,56 +81,80 @@ class Personalized:
 
 
 def personalize(
-    home: Home, *, base_folder: Path, prefix: str | None = None, generator: np.random.Generator | None = None
+    home: Home,
+    *,
+    base_folder: Path,
+    prefix: str | None = None,
+    generator: np.random.Generator | None = None,
+    valid_days: int = VALID_DAYS,
 ) -> Personalized:
     """Fit the private part to all records of a home and make it the current private head; ten versions are kept.
 
     Args:
         home: Its owner consented to the campaign; it holds at least one record.
-        base_folder: The fleet's ONNX base, exported for this campaign's base, blocks and targets.
+        base_folder: The fleet's ONNX base, exported for this campaign's base, blocks and targets and signed by the
+            operator whom the owner trusted at the consent.
         prefix: First digits of the campaign's policy; by default the only one consented to.
         generator: Of the order of records in fine-tuning; fresh randomness by default.
+        valid_days: The head expires after so many.
 
     Raises:
-        SottovoceError: There is no such campaign, no record, the newest shared arrays are damaged, or the head does not
-            compute what torch does. The shelf is as it was.
+        SottovoceError: There is no such campaign, no record, the newest shared arrays are damaged, the base is not the
+            operator's, or the head does not compute what torch does. The shelf is as it was.
 
     Guarantee:
         No file but sealed ones is written.
     """
-    campaign = _kept_campaign(home, _choose(home, prefix).consent.policy)
+    if not 1 <= valid_days <= _MAX_VALID_DAYS:
+        raise HeadError(f"--valid-days must be between 1 and {_MAX_VALID_DAYS}, got {valid_days}.")
+    standing = _choose(home, prefix)
+    campaign = _kept_campaign(home, standing.consent.policy)
+    task, operators = campaign.scenario.task.name, (standing.consent.operator,)
+    kind: Any = "base" if task == "rating" else "lm-base"
+    fleet = open_home_base(home, base_folder, kind=kind, operators=operators)
     start = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
     arrays, round_number = newest_shared(home, campaign.policy) or (start, 0)
     bench = _bench(campaign)
-    records = home.records().read()
+    records = records_of(home, task=task)
     if not records:
         raise StoreError("a private head is fitted to records, this home has none; run: sottovoce client add.")
-    features, targets = read_inputs(home, bench)
+    features, targets = read_inputs(home, bench, records)
     settings: dict[str, Any] = {
-        "base_folder": base_folder,
+        "base_folder": fleet,
         "user": OWNER,
-        "privacy": {"claim": _claim(campaign.policy), "policy_sha256": campaign.policy.sha256},
+        "privacy": _spent(campaign.policy, standing),
         "created": home.clock(),
+        "expires": home.clock() + timedelta(days=valid_days),
+        "sequence": next_sequence(home),
     }
-    texts = list(dict.fromkeys((*PROBES, *(record.text for record in records[:_OWN_PROBES]))))
-    build = _BUILDERS[campaign.scenario.task.name]
+    texts = list(dict.fromkeys((*PROBES, *(record.text for record in records[:_OWN_PROBES] if record.text))))
+    build = _BUILDERS[task]
     files = build(bench, arrays, features, targets, texts, generator or np.random.default_rng(), settings)
     about = {
         "created": home.clock().isoformat(timespec="seconds"),
         "campaign": campaign.policy.campaign,
         "round": str(round_number),
     }
-    shelf = home.heads()
-    version = shelf.add(files, about)
-    shelf.prune(_KEPT)
+    version = keep_head(home, files, about)
+    home.heads().prune(_KEPT)
     shared = f"the shared part of round {round_number}" if round_number else "the campaign's public start"
     return Personalized(version, len(targets), shared, json.loads(files[MANIFEST])["parity"]["max_abs"])
 
 
-def _claim(policy: Policy) -> str:
-    """What the shared part of a head may say about this device's records."""
+def _spent(policy: Policy, standing: Standing) -> dict[str, Any]:
+    """What the shared part of a head may say about this device's records, for the whole campaign and until now."""
     delta = policy.delta or 0.0  # a device takes part in private campaigns only, whose policies state it
-    return record_claim(policy.mechanism, delta=delta, noise="secure").sentence()
+    until_now = replace(policy.mechanism, max_participations=standing.spent) if standing.spent else None
+    return {
+        "claim": record_claim(policy.mechanism, delta=delta, noise="secure").sentence(),
+        "policy_sha256": policy.sha256,
+        "unit": policy.unit,
+        "epsilon": epsilon(until_now, delta=delta) if until_now else 0.0,
+        "delta": delta,
+        "rounds_joined": standing.spent,
+        "epsilon_reserved": standing.consent.epsilon,
+        "rounds_allowed": standing.consent.max_participations,
+    }
 
 
 def _choose(home: Home, prefix: str | None) -> Standing:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.store import is_text
-from shared.datasets.records import Record
+from shared.datasets.records import Record, is_text
 from shared.errors import DataError
 
 _JSONL_FIELDS: dict[str, type | tuple[type, ...]] = {

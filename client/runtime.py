@@ -5,10 +5,10 @@ A head folder holds ``adapter.safetensors`` and ``manifest.json``; the base fold
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -32,12 +32,19 @@ from client.artifact import (
     parse_adapter,
     parse_shape,
     place_of,
+    precision_of,
     read_file,
     read_manifest,
 )
 from shared.errors import HeadError
 
+if TYPE_CHECKING:
+    from client.language import LanguageBase
+
 OUTPUT_SLOTS = ("output.weight", "output.bias")
+# Largest difference between a head's known answer and this device's, by the base's precision: in 8 bits kernels of
+# other processors round activations otherwise.
+MAX_TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
 
 _BATCH_TEXTS, _BATCH_TOKENS = 64, 4096  # per run; bounds memory, not the result
 
@@ -49,6 +56,7 @@ class FleetBase:
     Attributes:
         id: Short hash over everything that decides its outputs; see ``base_id``.
         slots: Optional inputs of the graph: name -> shape.
+        precision: ``fp32`` or ``int8``.
     """
 
     id: str
@@ -59,19 +67,34 @@ class FleetBase:
     slots: Mapping[str, Shape]
     low: float
     high: float
+    precision: str
 
     def run(self, texts: Sequence[str], *, adapter: Arrays | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Pooled features (n, d) and unclipped predictions (n,); without adapter those of the bare base."""
-        token_ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        return self.run_tokens(self.encode(texts), adapter=adapter)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, cut to what the base takes."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+
+    def run_tokens(
+        self, token_ids: Sequence[Sequence[int]], *, adapter: Arrays | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As ``run``, of texts that are tokens already."""
         pooled, prediction = run_session(self.session, token_ids, adapter or {}, ("pooled", "prediction"))
         return pooled, prediction.reshape(-1)
 
 
 @dataclass(frozen=True)
 class PersonalHead:
-    """One user's adapter on a base; heads share a base because each run brings its own tensors."""
+    """One user's adapter on a base, or the base alone; heads share a base because each run brings its own tensors.
 
-    user: str
+    Attributes:
+        user: The user's id; None for the base alone, which predicts the centre of the scale.
+        manifest: Of the head; empty where there is none.
+    """
+
+    user: str | None
     base: FleetBase
     adapter: Arrays
     manifest: Mapping[str, Any]
@@ -92,28 +115,43 @@ class PersonalHead:
         return self.base.run(texts, adapter=self.adapter)[1]
 
 
-def open_head(folder: Files, *, base: Path | FleetBase | None = None, threads: int = 1) -> PersonalHead:
+def open_head(
+    folder: Files,
+    *,
+    base: Path | FleetBase | None = None,
+    threads: int = 1,
+    signers: Collection[str] | None = None,
+) -> PersonalHead:
     """Open a personal head, checking everything before the first prediction.
 
     Args:
         folder: Holds the user's adapter and its manifest; or these files themselves, by name.
         base: Folder of the fleet's base, or an opened one; by default the sibling ``base`` of ``folder``.
         threads: Of a base that is opened here; see ``open_base``.
+        signers: Fingerprints of the keys of which one must have signed the manifest; None asks for no signature.
 
     Raises:
         HeadError: A file is missing, damaged or not the one its manifest names; the adapter is another
-            base's; its tensors are not the base's slots or not finite.
+            base's; its tensors are not the base's slots or not finite; its known answer does not come out.
 
     Guarantee:
         What runs are the bytes whose hashes were checked, and never the base without its adapter.
     """
-    manifest = read_manifest(folder, "adapter")
-    content = read_file(folder, manifest, ADAPTER)
-    place = place_of(folder)
     if not isinstance(base, FleetBase):
+        read_manifest(folder, "adapter")  # a folder that is no head is named before its base is
         base = open_base(base_folder(folder, base), threads=threads)
-    found = {"id": base.id, "model_sha256": base.model_sha256, "base_sha256": base.base_sha256}
-    check_binding(place, manifest, found)
+    head = bind_head(folder, base, signers=signers)
+    check_known_answer(place_of(folder), head)
+    return head
+
+
+def bind_head(folder: Files, base: FleetBase, *, signers: Collection[str] | None = None) -> PersonalHead:
+    """A head whose every check is passed but the known answer; see ``open_head``."""
+    manifest = read_manifest(folder, "adapter", signers=signers)
+    place = place_of(folder)
+    check_binding(place, manifest, identity(base))
+    check_runtime(place, manifest)
+    content = read_file(folder, manifest, ADAPTER)
     adapter = parse_adapter(place / ADAPTER, content)
     check_listed(place, manifest, adapter)
     check_slots(place, adapter, base.slots, required=OUTPUT_SLOTS)
@@ -123,27 +161,73 @@ def open_head(folder: Files, *, base: Path | FleetBase | None = None, threads: i
     return PersonalHead(user=user, base=base, adapter=adapter, manifest=manifest)
 
 
-def open_base(folder: Path, *, threads: int = 1) -> FleetBase:
+def check_known_answer(folder: Path, head: PersonalHead) -> None:
+    """The head's manifest says what it predicts for fixed public tokens; this device must find the same.
+
+    Raises:
+        HeadError: It does not.
+    """
+    path, limit = folder / MANIFEST, MAX_TOLERANCE[head.base.precision]
+    try:
+        known = head.manifest["known_answer"]
+        token_ids = [[int(token) for token in ids] for ids in known["token_ids"]]
+        wanted, bare = (np.array(known[key], dtype=np.float64) for key in ("predictions", "without_adapter"))
+        tolerance = float(known["tolerance"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise damaged(path, f"unreadable known answer {error}") from None
+    shapes = {wanted.shape, bare.shape}
+    if not (0 < tolerance <= limit and shapes == {(len(token_ids),)} and token_ids and all(token_ids)):
+        raise damaged(path, "its known answer must have a tolerance, texts and as many predictions")
+    if not (np.isfinite(wanted).all() and np.isfinite(bare).all()):
+        raise damaged(path, "its known answer must be finite")
+    if not 0 <= min(map(min, token_ids)) <= max(map(max, token_ids)) < head.base.tokenizer.get_vocab_size():
+        raise damaged(path, "its known answer must be of the base's tokens")
+    found = head.base.run_tokens(token_ids, adapter=head.adapter)[1]
+    if head.adapter["output.weight"].any() and not np.abs(wanted - bare).max() >= 2 * tolerance:
+        raise damaged(path, "its known answer must tell the adapter from its absence")
+    difference = float(np.abs(found - wanted).max())
+    if not difference <= tolerance:
+        raise wrong_answer(folder, difference, tolerance)
+
+
+def wrong_answer(folder: Path, difference: float, tolerance: float) -> HeadError:
+    """The error of a head whose known answer does not come out."""
+    return HeadError(
+        f"{folder} must give its known answer within {tolerance:g} on this device, got a difference of "
+        f"{difference:.3g}: the adapter is not at work, or onnxruntime {onnxruntime.__version__} computes "
+        "otherwise; export the head again."
+    )
+
+
+def identity(base: "FleetBase | LanguageBase") -> dict[str, str]:
+    """What an adapter's manifest must say of the base it was exported for."""
+    return {"id": base.id, "model_sha256": base.model_sha256, "base_sha256": base.base_sha256}
+
+
+def open_base(folder: Path, *, threads: int = 1, signers: Collection[str] | None = None) -> FleetBase:
     """Open the fleet's base from the very bytes that were hashed.
 
     Args:
         folder: Holds ``model.onnx``, ``tokenizer.json`` and ``manifest.json``.
         threads: For the matrix products; more than the machine has processors are not started.
+        signers: As for ``open_head``; of a base these are operators' keys.
 
     Raises:
         HeadError: A file is missing or not the one the manifest names, or this onnxruntime cannot run it.
     """
     if not threads >= 1:
         raise HeadError(f"threads must be at least 1, got {threads}.")
-    manifest = read_manifest(folder, "base")
+    manifest = read_manifest(folder, "base", signers=signers)
+    check_runtime(folder, manifest)
     model = read_file(folder, manifest, MODEL)
-    tokenizer = Tokenizer.from_str(read_file(folder, manifest, TOKENIZER).decode("utf-8"))
+    tokenizer = read_tokenizer(folder, manifest)
     try:
         slots = {slot["name"]: parse_shape(slot["shape"]) for slot in manifest["slots"]}
         floats = all(slot["dtype"] == "float32" for slot in manifest["slots"])
         low, high = float(manifest["task"]["low"]), float(manifest["task"]["high"])
         max_tokens = int(manifest["tokenizer"]["max_tokens"])
         base_sha256 = str(manifest["base_sha256"])
+        precision = precision_of(manifest)
         model_sha256 = str(manifest["files"][MODEL]["sha256"])
         wanted_id = base_id(manifest)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -158,12 +242,42 @@ def open_base(folder: Path, *, threads: int = 1) -> FleetBase:
         raise damaged(folder / MANIFEST, "its slots are not the optional inputs of the model")
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length=max_tokens)
-    return FleetBase(wanted_id, model_sha256, base_sha256, session, tokenizer, slots, low, high)
+    return FleetBase(wanted_id, model_sha256, base_sha256, session, tokenizer, slots, low, high, precision)
+
+
+def read_tokenizer(folder: Path, manifest: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a base, once its bytes are known to be those the manifest names."""
+    content = read_file(folder, manifest, TOKENIZER)
+    try:
+        return Tokenizer.from_str(content.decode("utf-8"))
+    except Exception:  # the package raises nothing more specific
+        raise damaged(folder / TOKENIZER, "it must be a tokenizer of this version of the package tokenizers") from None
 
 
 def base_id(manifest: Mapping[str, Any]) -> str:
-    """Short hash over what decides a base's outputs: its files, tokenizer settings, slots and task."""
-    return manifest_id(manifest, "schema", "files", "base_sha256", "tokenizer", "slots", "task")
+    """Short hash over what decides a base's outputs: its files, tokenizer settings, slots, task and precision."""
+    return manifest_id(manifest, "schema", "files", "base_sha256", "tokenizer", "slots", "task", "quant")
+
+
+def check_runtime(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """The onnxruntime here is new enough for what the manifest describes.
+
+    Raises:
+        HeadError: It is not, or the manifest does not say what it needs.
+    """
+    try:
+        wanted = str(manifest["runtime"]["onnxruntime"])
+        fits = _release(onnxruntime.__version__) >= _release(wanted)
+    except (KeyError, TypeError, ValueError):
+        raise damaged(folder / MANIFEST, "it must say which onnxruntime it needs") from None
+    if not fits:
+        raise HeadError(
+            f"{folder} needs onnxruntime {wanted} or newer, got {onnxruntime.__version__}; upgrade onnxruntime."
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def open_session(model: bytes | Path, *, threads: int, name: str = MODEL) -> onnxruntime.InferenceSession:
@@ -173,6 +287,8 @@ def open_session(model: bytes | Path, *, threads: int, name: str = MODEL) -> onn
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # the default warns of every slot that it is not a constant, which is its purpose
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if isinstance(model, bytes):  # weights in other files would not be the bytes that were hashed: none can be found
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (

@@ -6,7 +6,7 @@ shelf as it was before or after.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -107,11 +107,14 @@ class HeadShelf:
         number = _kept(index, index.current if version is None else version)
         return _unpack(_name(number), self._vault.open(_name(number)))
 
-    def roll_back(self, to: int | None = None) -> int:
+    def roll_back(
+        self, to: int | None = None, *, renew: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
+    ) -> int:
         """Make another kept version current; those after it are kept until ``prune``.
 
         Args:
             to: Its number; by default the one that the current version took the place of.
+            renew: What its files become before it is current; by default they stay.
 
         Returns:
             The number of the version that is now current.
@@ -124,6 +127,8 @@ class HeadShelf:
             if to is None:
                 to = next((version.after for version in index.versions if version.number == index.current), None)
             number = _kept(index, to)
+            if renew is not None:
+                self._vault.seal(_name(number), _pack(renew(_unpack(_name(number), self._vault.open(_name(number))))))
             self._write_index(index.model_copy(update={"current": number}))
         return number
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from client.vault import Vault
-from shared.datasets.records import Record
+from shared.datasets.records import Record, is_text
 from shared.errors import DataError, StoreError
 
 PREFIX = "records/"
@@ -78,15 +78,6 @@ def _problem(record: object) -> str | None:
         if isinstance(value, str) and not is_text(value):
             return f"{field} must be valid text, got half of a surrogate pair"
     return None
-
-
-def is_text(value: str) -> bool:
-    """Whether a string can be written, as opposed to half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _line(record: Record) -> bytes:

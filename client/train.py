@@ -11,13 +11,11 @@ from client.optimizer import OPTIMIZERS
 from shared.adapter import Arrays, load_shared, read_shared, shared_parameters
 from shared.clipping import clip_by_norm
 from shared.errors import PrivacyError, RefusedError
-from shared.features import Features
+from shared.features import Features, micro_batches
 from shared.head import Head
 from shared.noise import Randomness
 from shared.policy import Policy
 from shared.tasks import Targets
-
-_MAX_PADDING = 1.15  # padded over real tokens of one micro-batch: less costs more passes than it saves
 
 
 def make_trainable(head: Head, policy: Policy) -> GradSampleModule | Head:
@@ -93,17 +91,3 @@ def _draw(count: int, rate: float, randomness: Randomness) -> np.ndarray:
     if rate == 1.0:
         return np.arange(count)
     return np.flatnonzero(randomness.bernoulli(rate, count))
-
-
-def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    """Cut the drawn rows, sorted by length, into runs that waste little on padding; order does not change a sum."""
-    rows = rows[np.argsort(lengths[rows], kind="stable")]
-    start = tokens = 0
-    for end, length in enumerate(lengths[rows].tolist()):
-        padded = length * (end - start + 1)
-        if end > start and (padded > max_tokens or padded > _MAX_PADDING * (tokens + length)):
-            yield rows[start:end]
-            start, tokens = end, 0
-        tokens += length
-    if len(rows):
-        yield rows[start:]

@@ -5,6 +5,7 @@ files cannot be swapped. What stays visible to a thief: the names, the sizes and
 
     data-key  ─┐
     ledger-key ─┴ HKDF-SHA256 ▸ key-encryption key ▸ vault/key (wrapped) ▸ data-encryption key ▸ every file
+                              ▸ Ed25519 key that signs the owner's private heads
 
 Losing the ledger's key loses the data: nobody can wipe the record of what was spent and train on the old data again.
 """
@@ -18,11 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from client.keystore import DATA_KEY, LEDGER_KEY, Keystore
+from client.plain_files import read_plain
 from client.private_files import (
     disk_errors,
     locked_folder,
@@ -31,7 +34,7 @@ from client.private_files import (
     temporary_of,
     write_private,
 )
-from shared.errors import StoreError
+from shared.errors import HeadError, StoreError
 from shared.files import flush_folder
 
 MAGIC = b"sottovoce vault\x01"
@@ -78,14 +81,15 @@ class Vault:
         """The content that was sealed under the name.
 
         Raises:
-            StoreError: It is missing, damaged, sealed with another key or under another name.
+            StoreError: It is missing, damaged, sealed with another key or under another name, or no file of its own.
         """
         path = self._path(name)
-        with disk_errors(path):
-            try:
-                sealed = path.read_bytes()
-            except FileNotFoundError:
-                raise StoreError(f"{path} must exist, it was deleted or never written; restore it.") from None
+        try:
+            sealed = read_plain(path.parent, path.name, limit=_MAX_BYTES)
+        except HeadError as error:
+            raise StoreError(str(error)) from None
+        if sealed is None:
+            raise StoreError(f"{path} must exist, it was deleted or never written; restore it.")
         return _open(self._cipher, name, sealed, path)
 
     def names(self, prefix: str) -> list[str]:
@@ -182,6 +186,16 @@ def open_vault(folder: Path, keystore: Keystore) -> Vault:
     return Vault(folder, wrapped=wrapped, key=key)
 
 
+def signing_key(keystore: Keystore) -> Ed25519PrivateKey:
+    """The home's own key, which signs its private heads; made of the vault's two keys, it ends with them.
+
+    Raises:
+        StoreError: A key is lost or was shredded.
+    """
+    derived = _derive(_read_key(keystore, DATA_KEY), _read_key(keystore, LEDGER_KEY), b"sottovoce head signature 1")
+    return Ed25519PrivateKey.from_private_bytes(derived)
+
+
 def shred_vault(folder: Path, keystore: Keystore) -> list[str]:
     """Make every file of a vault unreadable for good, then delete them.
 
@@ -238,8 +252,11 @@ def _read_key(keystore: Keystore, entry: str) -> bytes:
 
 
 def _key_cipher(data_key: bytes, ledger_key: bytes) -> AESGCM:
-    derivation = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=ledger_key, info=b"sottovoce vault 1")
-    return AESGCM(derivation.derive(data_key))
+    return AESGCM(_derive(data_key, ledger_key, b"sottovoce vault 1"))
+
+
+def _derive(data_key: bytes, ledger_key: bytes, info: bytes) -> bytes:
+    return HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=ledger_key, info=info).derive(data_key)
 
 
 def _seal(cipher: AESGCM, name: str, content: bytes) -> bytes:

@@ -1,21 +1,16 @@
-"""The coordinator's Flower ServerApp: rounds, checkpoints, and an optional observer who stands outside."""
+"""A campaign's rounds over any of Flower's grids: ask, gate, average, checkpoint; an observer stands outside."""
 
-import time
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ArrayRecord, ConfigRecord
 
 from server.aggregate import OptimizerState
 from server.checkpoint import Checkpoint, save_checkpoint
 from server.strategy import EqualWeights
 from shared.adapter import Arrays
-from shared.campaign import Campaign, read_campaign
-from shared.errors import CampaignError
-from shared.flower import Metered, metered
-
-_NODE_WAIT_S = 120.0
+from shared.campaign import Campaign
+from shared.errors import CampaignError, TooFewRepliesError
+from shared.flower import Metered
 
 
 def start_checkpoint(campaign: Campaign) -> Checkpoint:
@@ -32,16 +27,24 @@ def run_rounds(
     start: Checkpoint | None = None,
     fatal: Collection[str] = (),
     on_round: Callable[[Checkpoint], object] | None = None,
+    before_round: Callable[[int], object] | None = None,
+    attempts: int = 1,
+    accept_seeded: bool = False,
 ) -> Checkpoint:
     """Run a campaign's rounds over any grid, with a checkpoint after each.
 
     Args:
         grid: Flower's way to the devices: the inline one, Ray's, or a SuperLink's.
         campaign: What was published.
-        roster: Node id -> seat of every device.
+        roster: Node id -> seat of every device; may grow and shrink while rounds run.
         start: Where to go on; by default the public start.
         fatal: Rejection codes that stop the campaign, see ``EqualWeights``.
-        on_round: Called after every checkpoint; for an observer or a progress bar, it cannot change the campaign.
+        on_round: Called after every checkpoint; for an observer or a progress bar. It cannot change the campaign, but
+            end it with an error.
+        before_round: Called with the number of a round before it is asked for, such as to wait for devices.
+        attempts: How often a round with too few good replies is asked for. Devices that have answered it answer with
+            the same bytes, so asking again costs nobody anything.
+        accept_seeded: For tests, see ``check_reply``.
 
     Returns:
         The last checkpoint.
@@ -49,15 +52,22 @@ def run_rounds(
     Raises:
         CampaignError: Too few devices or too few good replies; finished rounds stay on disk.
     """
-    if len(roster) < campaign.policy.cohort_size:
+    if len(roster) < campaign.policy.cohort_size and before_round is None:
         raise CampaignError(f"a round needs {campaign.policy.cohort_size} devices, the roster holds {len(roster)}.")
-    strategy = EqualWeights(campaign, start or start_checkpoint(campaign), roster=roster, fatal=fatal)
-    nothing = ArrayRecord(), ConfigRecord()  # the strategy's checkpoint holds the arrays
+    strategy = EqualWeights(
+        campaign, start or start_checkpoint(campaign), roster=roster, fatal=fatal, accept_seeded=accept_seeded
+    )
     for server_round in range(strategy.checkpoint.round_number + 1, campaign.policy.rounds + 1):
         bytes_up, bytes_down = grid.bytes_up, grid.bytes_down
-        requests = strategy.configure_train(server_round, *nothing, grid)
-        replies = grid.send_and_receive(requests, timeout=campaign.scenario.federation.round_timeout_s)
-        strategy.aggregate_train(server_round, replies)
+        for attempt in range(attempts, 0, -1):
+            if before_round:
+                before_round(server_round)
+            try:
+                _run_round(grid, strategy, server_round)
+                break
+            except TooFewRepliesError:
+                if attempt == 1:
+                    raise
         strategy.count_bytes(up=grid.bytes_up - bytes_up, down=grid.bytes_down - bytes_down)
         save_checkpoint(campaign.folder / "checkpoints", strategy.checkpoint)
         if on_round:
@@ -65,22 +75,8 @@ def run_rounds(
     return strategy.checkpoint
 
 
-def wait_for_nodes(grid: Grid, wanted: int) -> list[int]:
-    """The node ids of the devices, once enough of them are there."""
-    deadline = time.monotonic() + _NODE_WAIT_S
-    while len(nodes := sorted(grid.get_node_ids())) < wanted:
-        if time.monotonic() > deadline:
-            raise CampaignError(f"a round needs {wanted} devices, got {len(nodes)} after {_NODE_WAIT_S:.0f} s.")
-        time.sleep(0.1)
-    return nodes
-
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run the campaign that the run config names; every node that is there at the start has a seat."""
-    campaign = read_campaign(Path(str(context.run_config["campaign"])))
-    nodes = wait_for_nodes(grid, campaign.policy.cohort_size)
-    run_rounds(metered(grid), campaign, roster={node: seat for seat, node in enumerate(nodes)})
+def _run_round(grid: Metered, strategy: EqualWeights, server_round: int) -> None:
+    nothing = ArrayRecord(), ConfigRecord()  # the strategy's checkpoint holds the arrays
+    requests = strategy.configure_train(server_round, *nothing, grid)
+    replies = grid.send_and_receive(requests, timeout=strategy.campaign.scenario.federation.round_timeout_s)
+    strategy.aggregate_train(server_round, replies)

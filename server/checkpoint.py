@@ -1,14 +1,19 @@
 """One atomic folder a round: the shared arrays, the optimiser's state, who took part, and their hash.
 
 A checkpoint is written beside its place, flushed to disk and renamed, so that a kill leaves the round whole or absent.
+
+    round-0005      after round 5
+    round-0005.1    rolled back since: round and counts are those of round 5, arrays and optimiser of an earlier one
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +55,7 @@ class Checkpoint:
         answered: Rounds in which a reply of it was used; a device asks this to know whether its ledger was rolled back.
         latest: What the last round took.
         total: What all rounds so far took.
+        rolled_back_to: The round whose arrays and optimiser these are, where an operator went back; None: this one's.
     """
 
     round_number: int
@@ -60,6 +66,12 @@ class Checkpoint:
     answered: dict[int, int] = field(default_factory=dict)
     latest: Counts = Counts()
     total: Counts = Counts()
+    rolled_back_to: int | None = None
+
+    @property
+    def arrays_of(self) -> int:
+        """The round whose arrays these are; 0 is the public start."""
+        return self.round_number if self.rolled_back_to is None else self.rolled_back_to
 
 
 def checkpoint_path(folder: Path, round_number: int) -> Path:
@@ -67,8 +79,27 @@ def checkpoint_path(folder: Path, round_number: int) -> Path:
     return folder / f"round-{round_number:04d}"
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, good or not; a roll-back after a round is newer than the round."""
+    return sorted(filter(_number, folder.glob("round-*")), key=_number, reverse=True)
+
+
+def newest_checkpoint(folder: Path, *, before: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is what was saved. Nothing is touched: a server may be writing there.
+
+    Args:
+        folder: Holds one folder a round; need not exist.
+        before: Only of rounds below this one.
+    """
+    for path in newest_first(folder):
+        if before is None or _number(path)[0] < before:
+            with suppress(CampaignError):
+                return load_checkpoint(path)
+    return None
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint as ``folder/round-0007``, atomically and durably."""
+    """Write a checkpoint as ``folder/round-0007``, after a roll-back ``round-0007.1``, atomically and durably."""
     parts = {
         "arrays": checkpoint.arrays,
         "first": checkpoint.optimizer.first,
@@ -83,10 +114,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "answered": {str(seat): count for seat, count in checkpoint.answered.items()},
         "latest": asdict(checkpoint.latest),
         "total": asdict(checkpoint.total),
+        "rolled_back_to": checkpoint.rolled_back_to,
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
     }
     state["state_sha256"] = _hash_state(state)
     target = checkpoint_path(folder, checkpoint.round_number)
+    if checkpoint.rolled_back_to is not None:
+        earlier = [back for done, back in map(_number, newest_first(folder)) if done == checkpoint.round_number]
+        target = target.with_name(f"{target.name}.{max(earlier, default=0) + 1}")
     temporary = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -122,6 +157,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             answered={int(seat): int(count) for seat, count in state["answered"].items()},
             latest=Counts(**state["latest"]),
             total=Counts(**state["total"]),
+            rolled_back_to=state.get("rolled_back_to"),  # checkpoints of earlier versions have none
             arrays=parts["arrays"],
             optimizer=OptimizerState(int(state["optimizer_step"]), parts["first"], parts["second"]),
         )
@@ -144,7 +180,7 @@ def last_checkpoint(folder: Path, *, policy_sha256: str) -> Checkpoint | None:
     """
     for unfinished in folder.glob(".round-*"):
         shutil.rmtree(unfinished)
-    for path in sorted(folder.glob("round-*"), reverse=True):
+    for path in newest_first(folder):
         try:
             checkpoint = load_checkpoint(path)
         except CampaignError:
@@ -152,13 +188,22 @@ def last_checkpoint(folder: Path, *, policy_sha256: str) -> Checkpoint | None:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             continue
-        if checkpoint.policy_sha256 != policy_sha256 or path != checkpoint_path(folder, checkpoint.round_number):
+        if checkpoint.policy_sha256 != policy_sha256 or _number(path)[0] != checkpoint.round_number:
             raise CampaignError(
                 f"{path} must belong to the policy {policy_sha256[:12]}…, it is round {checkpoint.round_number} of "
                 f"{checkpoint.policy_sha256[:12]}…: a checkpoint of another scenario. Start a new run."
             )
         return checkpoint
     return None
+
+
+_NAME = re.compile(r"round-(\d{4,})(?:\.(\d+))?")
+
+
+def _number(path: Path) -> tuple[int, ...]:
+    """Round and number of the roll-back of a checkpoint's folder; empty where it is none."""
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else ()
 
 
 def _hash_state(state: Mapping[str, Any]) -> str:

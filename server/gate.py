@@ -18,7 +18,9 @@ class RejectedReply(Exception):  # noqa: N818 - an outcome, not an error
         self.code = code
 
 
-def check_reply(message: Message, *, policy: Policy, policy_sha256: str, round_number: int) -> Arrays:
+def check_reply(
+    message: Message, *, policy: Policy, policy_sha256: str, round_number: int, accept_seeded: bool = False
+) -> Arrays:
     """The update of a reply that is exactly what the policy allows.
 
     Args:
@@ -26,14 +28,17 @@ def check_reply(message: Message, *, policy: Policy, policy_sha256: str, round_n
         policy: The campaign's policy.
         policy_sha256: Its hash, computed once.
         round_number: The round being collected.
+        accept_seeded: For tests: take replies that are marked as seeded, and no others.
 
     Raises:
-        RejectedReply: With the device's own refusal code, or ``SCHEMA``, ``KEYS``, ``ARRAY``, ``NOT_FINITE``,
-            ``ROUND``, ``POLICY``, ``NORM``.
+        RejectedReply: With the device's own refusal code, or ``SEEDED`` (noise that can be foreseen), ``SCHEMA``,
+            ``KEYS``, ``ARRAY``, ``NOT_FINITE``, ``ROUND``, ``POLICY``, ``NORM``.
     """
     refusal = wire.refusal_code(message)
     if refusal is not None:
         raise RejectedReply(refusal)
+    if wire.take_stamp(message.content) != accept_seeded:
+        raise RejectedReply("SEEDED")
     try:
         update, replied_round, replied_policy = wire.unpack_reply(message.content, policy.array_slots())
     except wire.MalformedError as malformed:

@@ -1,5 +1,6 @@
 """Who is asked, what is accepted, how it is averaged: the server's side of one round."""
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +16,10 @@ from server.gate import RejectedReply, check_reply
 from shared import wire
 from shared.adapter import MAX_ABS_VALUE, Arrays, within_bound
 from shared.campaign import Campaign
-from shared.errors import CampaignError
+from shared.errors import CampaignError, TooFewRepliesError
+from shared.flower import one_line
+
+_log = logging.getLogger("sottovoce.server")
 
 
 class EqualWeights(Strategy):
@@ -30,6 +34,7 @@ class EqualWeights(Strategy):
         roster: Node id -> the device's seat, its fixed number in the public roster. Node ids are Flower's and may
             change from run to run; who is asked, and the order of a sum, depend on seats alone.
         fatal: Rejection codes that stop the campaign at once instead of losing one device.
+        accept_seeded: For tests, see ``check_reply``.
 
     Attributes:
         checkpoint: The state after the last finished round.
@@ -44,8 +49,10 @@ class EqualWeights(Strategy):
         *,
         roster: Mapping[int, int],
         fatal: Collection[str] = (),
+        accept_seeded: bool = False,
     ) -> None:
         self.campaign = campaign
+        self._accept_seeded = accept_seeded
         self.checkpoint = checkpoint
         self._roster = roster
         self._fatal = frozenset(fatal)
@@ -61,7 +68,9 @@ class EqualWeights(Strategy):
         del arrays, config
         shared, answered = wire.pack_arrays(self.checkpoint.arrays), self.checkpoint.answered
         timeout_s = self.campaign.scenario.federation.round_timeout_s
-        self._cohort = self._choose_cohort(server_round, [n for n in grid.get_node_ids() if n in self._roster])
+        roster = dict(self._roster)  # it may change meanwhile
+        present = {roster[node]: node for node in grid.get_node_ids() if node in roster}
+        self._cohort = self._choose_cohort(server_round, present)
         for node, seat in self._cohort.items():
             content = wire.pack_request(
                 shared,
@@ -72,11 +81,10 @@ class EqualWeights(Strategy):
             # ttl and group keep a device that comes back late from answering an old round
             yield Message(content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(server_round))
 
-    def _choose_cohort(self, server_round: int, nodes: list[int]) -> dict[int, int]:
-        """The devices asked least often so far, ties broken by a seeded shuffle: nobody is asked twice in a pass."""
+    def _choose_cohort(self, server_round: int, node_at: Mapping[int, int]) -> dict[int, int]:
+        """The seats asked least often so far, ties broken by a seeded shuffle: nobody is asked twice in a pass."""
         counts = self.checkpoint.participations
         seed = self.campaign.scenario.seed
-        node_at = {self._roster[node]: node for node in nodes}
         shuffled = np.random.default_rng([seed, server_round]).permutation(sorted(node_at)).tolist()
         seats = sorted(shuffled, key=lambda seat: counts.get(seat, 0))[: self.campaign.policy.cohort_size]
         return {node_at[seat]: seat for seat in seats}
@@ -98,11 +106,16 @@ class EqualWeights(Strategy):
             silent.discard(-1 if seat is None else seat)
             try:
                 if reply.has_error():  # made by Flower, and not always in the device's name
+                    _log.warning("round %d: %s", server_round, one_line(reply.error.reason))
                     raise RejectedReply("ERROR")
                 if seat is None or seat in updates:
                     raise RejectedReply("NOT_ASKED" if seat is None else "DUPLICATE")
                 updates[seat] = check_reply(
-                    reply, policy=policy, policy_sha256=self._policy_sha256, round_number=server_round
+                    reply,
+                    policy=policy,
+                    policy_sha256=self._policy_sha256,
+                    round_number=server_round,
+                    accept_seeded=self._accept_seeded,
                 )
             except RejectedReply as rejection:
                 self.rejected[rejection.code] += 1
@@ -116,7 +129,7 @@ class EqualWeights(Strategy):
                 f"({broken[0]}); a run with engine inline logs where. Finished rounds are kept: mend it, then --resume."
             )
         if self.accepted < federation.min_reply_share * policy.cohort_size:
-            raise CampaignError(
+            raise TooFewRepliesError(
                 f"round {server_round} needs {federation.min_reply_share:.0%} of {policy.cohort_size} replies, got "
                 f"{self.accepted} (rejected: {dict(self.rejected) or 'none'}); the last checkpoint is kept."
             )

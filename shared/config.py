@@ -133,6 +133,7 @@ class PrivacyConfig(Settings):
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 = full batch: no sampling assumption at all
     denominator: Positive = 64.0  # public constant the summed gradient is divided by, never a batch size
     max_participations: Count = 20  # rounds one device may join in the whole campaign
+    added_records: Literal["next-round", "next-campaign"] = "next-round"  # when a device uses one it gets meanwhile
 
 
 class PersonalConfig(Settings):

@@ -25,6 +25,14 @@ class CampaignError(SottovoceError):
     """A campaign cannot start or go on: too few replies, another policy, an unreadable checkpoint."""
 
 
+class TooFewRepliesError(CampaignError):
+    """A round got fewer good replies than it needs; it may be asked for again."""
+
+
+class ServerError(SottovoceError):
+    """A server cannot be made, opened or run: a damaged folder or register, a wrong key, a port in use."""
+
+
 class HeadError(SottovoceError):
     """A personal head cannot be exported or used: outputs differ, another base, a damaged file."""
 

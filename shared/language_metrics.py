@@ -31,6 +31,11 @@ class TokenScores:
     tokens: Floats
     hits: Floats
 
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-likelihood of a token, pooled over all responses."""
+        return float(np.exp(self.nll.sum() / self.tokens.sum()))
+
     def of_users(self, users: np.ndarray) -> tuple[Floats, Floats, Floats]:
         """The three summed over each user in ``numpy.unique(users)``, (U,) each."""
         index = np.unique(users, return_inverse=True)[1]

@@ -24,7 +24,7 @@ from shared.lora import FEDERATION_METHODS, TECHNIQUES
 from shared.noise import GRID_SIGMA
 from shared.registry import KINDS, check_name, extension, lookup
 
-PROTOCOL = 2
+PROTOCOL = 3
 REPLY_FIELDS = ("arrays", "config.policy", "config.round")  # the noised change and what it answers: all that is priced
 # Where a device's contribution is cut even after noise, so that the gate has a public bound: no device is expected to
 # hold more records than this, and one that does only sees its (already private) update scaled down.
@@ -48,6 +48,8 @@ class Policy(BaseModel):
         denominator: What the clipped, noised sum is divided by; never a count of records.
         grid: Step of the grid on which contributions are rounded and noise is drawn, in gradient units.
         max_participations: Rounds a device may join in the whole campaign.
+        added_records: From when on a record is used that a device gets during the campaign: the next round it joins, or
+            only the next campaign. One that is gone is used in no later round, either way.
         reply_fields: What a device may send, and nothing else.
         max_update_norm: L2 bound on what a device sends.
         slots: The tensors that may travel: (name, shape), float32, in this order, and nothing else.
@@ -86,6 +88,7 @@ class Policy(BaseModel):
     public_texts_sha256: str
     slots: tuple[tuple[str, tuple[int, ...]], ...]
     extensions: tuple[str, ...] = ()
+    added_records: Literal["next-round", "next-campaign"] = "next-round"
 
     @property
     def sha256(self) -> str:
@@ -184,6 +187,7 @@ def make_policy(
         steps=training.steps,
         denominator=privacy.denominator,
         max_participations=privacy.max_participations,
+        added_records=privacy.added_records,
         max_update_norm=training.learning_rate * training.steps * bound / privacy.denominator,
         learning_rate=training.learning_rate,
         rounds=federation.rounds,
@@ -395,5 +399,7 @@ def read_policy(text: str) -> Policy:
     except ValueError as error:
         raise CampaignError(f"the policy must be readable: {str(error).splitlines()[0]}.") from None
     if policy.protocol != PROTOCOL:
-        raise CampaignError(f"the policy must be of protocol {PROTOCOL}, got {policy.protocol}; update Sottovoce.")
+        raise CampaignError(
+            f"the policy must be of protocol {PROTOCOL}, got {policy.protocol}; update Sottovoce, or make it anew."
+        )
     return policy

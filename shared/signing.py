@@ -1,12 +1,13 @@
-"""Ed25519 signatures of those who run campaigns: their keys, and the signature of a campaign's policy.
+"""Ed25519 signatures: the keys of those who run campaigns, and the files that hold a signature.
 
 A campaign's signature is the file ``policy.sig`` beside ``policy.json``, one JSON object:
 
-schema      "sottovoce policy signature 1"
+schema      "sottovoce policy signature 1"; of a manifest, the word for its purpose instead of "policy"
 key         the operator's public key, base64
 signature   over the policy's canonical JSON (sorted keys, no spaces), whose SHA-256 is ``Policy.sha256``
 
-The key in the file only tells which one was used; what counts is the key that the caller trusts.
+The signature of a manifest covers its very bytes. The key in the file only tells which one was used; what counts is the
+key that the caller trusts.
 """
 
 import base64
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +33,6 @@ from shared.errors import CampaignError, PrivacyError
 from shared.files import flush_folder, write_atomically
 
 SIGNATURE_FILE = "policy.sig"
-_SCHEMA = "sottovoce policy signature 1"
 _PURPOSE = "policy"
 _KEY_LABEL = "sottovoce-operator-ed25519"
 
@@ -149,6 +150,48 @@ def verify(public: Ed25519PublicKey, signature: bytes, *, purpose: str, content:
         ) from None
 
 
+def signature_file(key: Ed25519PrivateKey, *, purpose: str, content: bytes) -> bytes:
+    """What a file holds that keeps the signature of some content; see ``check_signature_file``."""
+    return _signature_file(key.public_key(), sign(key, purpose=purpose, content=content), purpose)
+
+
+def _signature_file(public: Ed25519PublicKey, signature: bytes, purpose: str) -> bytes:
+    file = {
+        "schema": _schema(purpose),
+        "key": _encode(public.public_bytes_raw()),
+        "signature": _encode(signature),
+    }
+    return (json.dumps(file, indent=2) + "\n").encode()
+
+
+def check_signature_file(file: bytes, *, purpose: str, content: bytes, trusted: Collection[str]) -> Ed25519PublicKey:
+    """Check that one of the trusted keys signed content for one purpose.
+
+    Args:
+        file: As ``signature_file`` wrote it.
+        purpose: What the content is signed as.
+        content: The very bytes that were signed.
+        trusted: Fingerprints of the keys that may have signed, known from elsewhere.
+
+    Returns:
+        The key that did.
+
+    Raises:
+        PrivacyError: The file is not such a signature, another key made it, or it is another content's.
+    """
+    try:
+        key, signature = _parse_signature(file.decode("utf-8"), purpose)
+        if file != _signature_file(key, signature, purpose):
+            raise ValueError("it is spelled otherwise")
+    except ValueError as error:
+        raise PrivacyError(f"a signature must be a file as sottovoce writes it, got another: {error}.") from None
+    if fingerprint(key) not in trusted:
+        known = " or ".join(sorted(trusted)) or "none"
+        raise PrivacyError(f"{purpose} must be signed by the trusted key {known}, got one by {fingerprint(key)}.")
+    verify(key, signature, purpose=purpose, content=content)
+    return key
+
+
 def policy_sha256(folder: Path) -> str:
     """SHA-256 of what a signature of a folder's policy covers: ``Policy.sha256``, where the file is as we write it.
 
@@ -164,12 +207,8 @@ def sign_policy(folder: Path, key: Ed25519PrivateKey) -> None:
     Raises:
         CampaignError: The folder holds no policy.
     """
-    content = {
-        "schema": _SCHEMA,
-        "key": _encode(key.public_key().public_bytes_raw()),
-        "signature": _encode(sign(key, purpose=_PURPOSE, content=_canonical_policy(folder))),
-    }
-    write_atomically(folder / SIGNATURE_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    content = signature_file(key, purpose=_PURPOSE, content=_canonical_policy(folder))
+    write_atomically(folder / SIGNATURE_FILE, content)
 
 
 def check_signature(folder: Path, *, trusted: Ed25519PublicKey) -> str:
@@ -228,12 +267,20 @@ def _read_signature(folder: Path) -> tuple[Ed25519PublicKey, bytes]:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise PrivacyError(f"{path} must be a readable signature: {reason}.") from None
     try:
-        content = _load_object(text)
-        if set(content) != {"schema", "key", "signature"} or content["schema"] != _SCHEMA:
-            raise ValueError("it must hold exactly schema, key and signature of this version")
-        return Ed25519PublicKey.from_public_bytes(_decode(content["key"])), _decode(content["signature"])
+        return _parse_signature(text, _PURPOSE)
     except ValueError as error:
         raise PrivacyError(f"{path} must be a signature as 'sottovoce policy sign' writes it: {error}.") from None
+
+
+def _parse_signature(text: str, purpose: str) -> tuple[Ed25519PublicKey, bytes]:
+    content = _load_object(text)
+    if set(content) != {"schema", "key", "signature"} or content["schema"] != _schema(purpose):
+        raise ValueError("it must hold exactly schema, key and signature of this version")
+    return Ed25519PublicKey.from_public_bytes(_decode(content["key"])), _decode(content["signature"])
+
+
+def _schema(purpose: str) -> str:
+    return f"sottovoce {purpose} signature 1"
 
 
 def _canonical_policy(folder: Path) -> bytes:

@@ -20,6 +20,7 @@ from shared.adapter import Arrays, Slot
 ARRAYS = "arrays"
 CONFIG = "config"
 REFUSAL = "refusal"
+_NOISE, _SEEDED = "noise", "seeded"
 
 # Why a device did not train. The text behind a code stays on the device.
 REFUSALS = (
@@ -80,6 +81,23 @@ def pack_reply(update: Arrays, *, round_number: int, policy_sha256: str) -> Reco
     """A device's answer: the change of the shared arrays."""
     fields = ConfigRecord({"round": round_number, "policy": policy_sha256})
     return RecordDict({ARRAYS: pack_arrays(update), CONFIG: fields})
+
+
+def stamp_seeded(reply: RecordDict) -> RecordDict:
+    """Mark the reply of a device whose noise somebody could foresee; no policy allows the mark."""
+    config = reply[CONFIG]
+    if isinstance(config, ConfigRecord):
+        config[_NOISE] = _SEEDED
+    return reply
+
+
+def take_stamp(content: RecordDict) -> bool:
+    """Whether a reply is marked as ``stamp_seeded`` does; the mark is taken off."""
+    config = content.get(CONFIG)
+    if not isinstance(config, ConfigRecord) or config.get(_NOISE) != _SEEDED:
+        return False
+    del config[_NOISE]
+    return True
 
 
 def reply_fields(reply: RecordDict) -> tuple[str, ...]:

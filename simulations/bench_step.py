@@ -18,12 +18,12 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from client.site import TextFeatures, resident_base, resident_dataset, use_threads
-from client.train import make_trainable, micro_batches, quiet_hooks, train_shared
+from client.train import make_trainable, quiet_hooks, train_shared
 from shared.adapter import Arrays, load_start, make_start, read_shared, shared_parameters, shared_slots
 from shared.config import Scenario
 from shared.datasets import Dataset, Record
 from shared.errors import CampaignError
-from shared.features import compute_features
+from shared.features import compute_features, micro_batches
 from shared.head import Head, RatingHead
 from shared.model import Base
 from shared.noise import Randomness, SecureRandomness, SeededRandomness

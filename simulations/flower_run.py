@@ -5,21 +5,19 @@ packages from an index before a run and reports success for a run that failed. H
 its own, and ends with the status the SuperLink itself gives.
 """
 
-import ctypes
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,15 +26,14 @@ from shared.assets import resolve
 from shared.config import Scenario, load_scenario
 from shared.datasets import read
 from shared.errors import CampaignError, ScenarioError
+from shared.processes import PROGRAMS, die_with_parent, flower_environment, free_port, running
 
 ROOT = Path(__file__).parent.parent
 LOG_NAME = "flwr.log"
 
-_BIN = Path(sys.executable).parent
 _START_S = 60.0
 _STOP_S = 10.0
 _MARK = "SOTTOVOCE_FLWR_RUN"  # in the environment of everything a run starts, so that all of it is found again
-_PR_SET_PDEATHSIG = 1
 _ENDED = "finished:"
 
 
@@ -106,7 +103,7 @@ def _run(
     federation = f"num-supernodes={devices} client-resources-num-cpus=1"
     if not scenario.performance.ray_address:
         federation += f" init-args-num-cpus={scenario.performance.workers or os.cpu_count()}"
-    port = _free_port()
+    port = free_port()
     environment = _environment(home, port, scenario)
     with _superlink(home, port, environment, log=log):
         command = ["run", ".", "--stream", "--run-config", str(settings), "--federation-config", federation]
@@ -120,19 +117,11 @@ def _run(
 
 def _environment(home: Path, port: int, scenario: Scenario) -> dict[str, str]:
     """The environment of everything a run starts."""
-    return os.environ | {
-        "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "FLWR_HOME": str(home),
+    return flower_environment(home) | {
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": scenario.performance.ray_address or "local",
         "RAY_TMPDIR": str(home),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(bool(scenario.performance.ray_address))),  # 0: loopback only
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
         _MARK: home.name,
     }
 
@@ -167,33 +156,9 @@ def _superlink(home: Path, port: int, environment: dict[str, str], *, log: Path)
     """A SuperLink of our own, because the one ``flwr run`` starts belongs to nobody."""
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [str(_BIN / command[0]), *command[1:]],
-            env=environment,
-            cwd=home,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we stop it
-            preexec_fn=_die_with_parent(),
-        )
-    try:
+    with running(command, environment=environment, folder=home, log=log) as process:
         _wait_until_healthy(port, process)
         yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """Have the kernel end a child when we are killed without a chance to do it."""
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
@@ -214,14 +179,14 @@ def _flwr(command: list[str], environment: dict[str, str], *, log: Path, cwd: Pa
     with (
         log.open("ab") as file,
         subprocess.Popen(
-            [str(_BIN / "flwr"), *command],
+            [str(PROGRAMS / "flwr"), *command],
             env=environment,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         ) as process,
     ):
         try:
@@ -236,7 +201,7 @@ def _flwr(command: list[str], environment: dict[str, str], *, log: Path, cwd: Pa
 
 def _status(environment: dict[str, str], *, cwd: Path) -> str | None:
     """What the SuperLink says of its only run; None if it has none."""
-    command = [str(_BIN / "flwr"), "ls", "--format", "json"]
+    command = [str(PROGRAMS / "flwr"), "ls", "--format", "json"]
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
     try:
         runs = json.loads(done.stdout)["runs"]
@@ -257,13 +222,6 @@ def _keep(log: Path, out: Path) -> None:
     if log.is_file():
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(log, out / LOG_NAME)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _stop_marked(mark: str) -> None:

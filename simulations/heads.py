@@ -1,4 +1,7 @@
-"""Personal ONNX heads at the end of a simulation: the same export a device runs, for a few of its users."""
+"""Personal ONNX heads at the end of a simulation: the same export a device runs, for a few of its users.
+
+They carry no signature: they belong to no home, and are opened by ``--head``, which checks every hash.
+"""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -7,10 +10,13 @@ from typing import Any, cast
 
 import platformdirs
 
-from client.export import export_base, export_head
-from client.private_head import head_logits, language_parts, rating_parts
+from client.export import export_head
+from client.export_fleet import export_fleet
+from client.private_head import language_parts, rating_parts
 from shared.adapter import load_shared
+from shared.config import Scenario
 from shared.datasets import Dataset
+from shared.head import Head
 from shared.model import Base
 from shared.progress import progress
 from simulations.campaigns import Result
@@ -56,16 +62,7 @@ def _export_ratings(
     probes = probe_texts(dataset)
     head = observer.head
     with progress(total=len(users) + 1, description="personal heads", unit="file", quiet=quiet) as bar:
-        manifest = export_base(
-            base,
-            folder / "base",
-            blocks=range(head.first_block, base.num_blocks),
-            targets=scenario.adapter.targets,
-            max_tokens=scenario.model.max_tokens,
-            task=scenario.task,
-            probe_texts=probes,
-            cache=platformdirs.user_cache_path("sottovoce") / "onnx",
-        )
+        manifest = _export_base(head, scenario, base, folder, probes)
         bar.update(1)
         heads = []
         for user in users:
@@ -90,25 +87,15 @@ def _export_language(
     result: Result, users: Sequence[int], base: Base, dataset: Dataset, *, folder: Path, quiet: bool
 ) -> dict[str, Any]:
     """Heads of task ``generation``: the whole LoRA of each user, private where the personal method adapts it."""
-    from client.export_lm import export_lm_base, export_lm_head
+    from client.export_lm import export_lm_head
 
     scenario, observer = result.plan.scenario, cast(LanguageObserver, result.observer)
     head = observer.head
-    probes = [scenario.task.template.replace("{text}", text) for text in probe_texts(dataset)]
+    texts = probe_texts(dataset)
+    probes = [scenario.task.template.replace("{text}", text) for text in texts]
     heads = []
     with progress(total=len(users) + 1, description="personal heads", unit="file", quiet=quiet) as bar:
-        manifest = export_lm_base(
-            base.folder,
-            folder / "base",
-            base_sha256=base.sha256,
-            blocks=range(head.first_block, base.num_blocks),
-            targets=scenario.adapter.targets,
-            template=scenario.task.template,
-            max_tokens=base.positions,
-            probe_texts=probes,
-            logits=lambda token_ids: head_logits(None, base, token_ids),
-            cache=platformdirs.user_cache_path("sottovoce") / "onnx",
-        )
+        manifest = _export_base(head, scenario, base, folder, texts)
         bar.update(1)
         for user in users:
             load_shared(head, observer.private_arrays(result.last.arrays, user))
@@ -126,6 +113,12 @@ def _export_language(
             heads.append(_entry(target, name, written))
             bar.update(1)
     return {"heads": heads, "heads_base": _base_entry(folder / "base", manifest)}
+
+
+def _export_base(head: Head, scenario: Scenario, base: Base, folder: Path, probes: Sequence[str]) -> dict[str, Any]:
+    """The fleet's base; in fp32, because a published result should be that of the model and not of its rounding."""
+    cache = platformdirs.user_cache_path("sottovoce") / "onnx"
+    return export_fleet(base, head, scenario, folder / "base", probe_texts=probes, cache=cache)
 
 
 def _entry(folder: Path, user: str, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.files import write_atomically
+from shared.files import read_json_lines, write_atomically
 
 Key = tuple[str, int]  # campaign and seed
 
@@ -59,11 +59,8 @@ class Journal:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file that a kill may have cut short; what is not a whole line is written again."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-            lines.append({"campaign": line["campaign"], "seed": line["seed"], "round": line["round"]} | line)
-        except (ValueError, KeyError, TypeError):
-            break
-    return lines
+    return [
+        {"campaign": line["campaign"], "seed": line["seed"], "round": line["round"]} | line
+        for line in read_json_lines(path)
+        if {"campaign", "seed", "round"} <= line.keys()
+    ]

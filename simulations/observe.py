@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from client.personalize import PrivateOutput, fit_output, personal_method, text_predictions
+from client.personalize import PrivateOutput, fit_output, personal_method
 from client.site import TextFeatures
 from shared.adapter import Arrays, load_start, read_start
 from shared.config import PersonalConfig, Scenario, TaskConfig
 from shared.datasets import Dataset
 from shared.head import Head, RatingHead, pooled_features
 from shared.metrics import METRICS, Described, Interval, described, paired_difference, score_row, user_rmse
+from shared.scoring import rmse, text_predictions
 from simulations import baselines
 from simulations.observe_language import LanguageObserver
 from simulations.rows import Rows, lay_out
@@ -217,11 +218,6 @@ def predict_personal(
         predicted[want] = private.predict(features[text], shared[text])
     low, high = task.low, task.high
     return Predictions(np.clip(shared[asked.text], low, high), np.clip(predicted, low, high))
-
-
-def rmse(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """Root mean squared error over all rows."""
-    return float(np.sqrt(np.mean((predictions - targets) ** 2)))
 
 
 OBSERVERS: dict[str, Callable[..., Observer]] = {"rating": RatingObserver, "generation": LanguageObserver}

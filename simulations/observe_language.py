@@ -7,7 +7,6 @@ import numpy as np
 
 from client.personalize import check_task, fit_lora
 from client.site import TextFeatures
-from client.train import micro_batches
 from shared.adapter import Arrays, load_shared, load_start, read_shared, read_start
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, UserData
@@ -16,6 +15,7 @@ from shared.language_metrics import LANGUAGE_METRICS, TokenScores, perplexity_di
 from shared.metrics import Described, Interval
 from shared.noise import seeded_generator
 from shared.progress import track
+from shared.scoring import response_scores
 
 
 class LanguageObserver:
@@ -48,7 +48,7 @@ class LanguageObserver:
         """Perplexity of ``federated``; fine-tuning everybody every round would cost more than the federation."""
         load_shared(self.head, arrays)
         scores = self._evaluate([r for user in self._dataset.users for r in user.validation])
-        return {"federated": float(np.exp(scores.nll.sum() / scores.tokens.sum())), "personal": None}
+        return {"federated": scores.perplexity, "personal": None}
 
     def baselines(self) -> dict[str, TokenScores]:  # noqa: D102
         load_start(self.head, self._public)
@@ -98,17 +98,8 @@ class LanguageObserver:
     def _evaluate(self, records: Sequence[Record]) -> TokenScores:
         """Likelihood of every record's response at the head's present parameters, in the records' order."""
         features, targets = self._texts.of(records), self._texts.targets(records)
-        nll, tokens, hits = (np.zeros(len(records)) for _ in range(3))
         micro_batch = self._scenario.performance.micro_batch
-        for rows in micro_batches(np.arange(len(records)), features.lengths, micro_batch):
-            hidden, mask = features.batch(rows)
-            labels = targets.batch(rows, hidden.shape[1])
-            device = self.head.device
-            losses, right, owner = self.head.token_scores(hidden.to(device), mask.to(device), labels.to(device))
-            np.add.at(nll, rows[owner.numpy()], losses.numpy())
-            np.add.at(hits, rows[owner.numpy()], right.numpy())
-            np.add.at(tokens, rows[owner.numpy()], 1.0)
-        return TokenScores(nll, tokens, hits)
+        return response_scores(self.head, features, targets, micro_batch=micro_batch)
 
 
 def _all(dataset: Dataset, part: Callable[[UserData], Sequence[Record]]) -> list[Record]:

@@ -169,6 +169,7 @@ WORDS = {
     "steps": "noisy steps a device takes in a round",
     "denominator": "what a step is divided by; never a count of records",
     "max_participations": "rounds one device may join",
+    "added_records": "from when on a device uses a record that it gets during the campaign",
     "max_update_norm": "longest change a device may send",
     "learning_rate": "of the steps on a device",
     "rounds": "rounds of the campaign",

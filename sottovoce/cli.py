@@ -15,6 +15,7 @@ import sottovoce
 from client.cli import add_parser as add_client
 from shared.errors import DataError, ScenarioError, SottovoceError
 from sottovoce.policy_cli import add_parser as add_policy
+from sottovoce.server_cli import add_parser as add_server
 
 _EPILOG = """\
 first steps:
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_list(commands)
     add_policy(commands)
+    add_server(commands)
     add_client(commands)
     return parser
 
@@ -232,6 +234,8 @@ _BENCHMARKS = {
     "simulate": (5, "a simulation: ours against the plain way, the engines, a round of everybody"),
     "ledger": (200, "a device's ledger: the commits of a round on this disk, beside one durable write"),
     "noise": (11, "a draw of noise: exact and cryptographic, beside the seeded one of simulations"),
+    "head": (5, "personal heads as devices run them: bytes, opening, swapping, answering, importing, beside torch"),
+    "deployment": (5, "a server and three devices on this machine: seconds, bytes, memory (rounds of its campaign)"),
 }
 
 

@@ -3,6 +3,10 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.config import Scenario
 
 _EXAMPLES = """\
 from a scenario to a signed campaign:
@@ -108,6 +112,12 @@ def _add_new(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("scenario", type=Path, help="a scenario file (TOML)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    add_targets(parser)
+    parser.set_defaults(handler=_new)
+
+
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """The options of whoever publishes a scenario: roster, privacy target, changes of settings."""
     parser.add_argument("--clients", type=int, metavar="N", help="size of the roster (default: users of the data set)")
     parser.add_argument("--epsilon", metavar="X", help="the same as --set privacy.epsilon=X")
     parser.add_argument("--delta", metavar="Y", help="the same as --set privacy.delta=Y")
@@ -115,15 +125,19 @@ def _add_new(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.set_defaults(handler=_new)
 
 
-def _new(options: argparse.Namespace) -> int:
+def read_targets(options: argparse.Namespace) -> "Scenario":
+    """The scenario with what the options of ``add_targets`` change in it."""
     from shared.config import load_scenario
 
     targets = {"privacy.epsilon": options.epsilon, "privacy.delta": options.delta}
     overrides = [*options.overrides, *(f"{key}={value}" for key, value in targets.items() if value is not None)]
-    scenario = load_scenario(options.scenario, tuple(overrides))
+    return load_scenario(options.scenario, tuple(overrides))
+
+
+def _new(options: argparse.Namespace) -> int:
+    scenario = read_targets(options)
     from simulations.publish import describe, lines, publish  # loads torch
 
     campaign = publish(scenario, out=options.out, clients=options.clients, quiet=options.quiet)

@@ -147,6 +147,12 @@ def _load(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def wheels():
+    """The module ``tests/wheels.py``: what pip would install on another machine."""
+    return _load("wheels")
+
+
+@pytest.fixture(scope="session")
 def ledgers():
     """The module ``tests/ledgers.py``: ledgers, keystores, clocks and children to kill."""
     return _load("ledgers")

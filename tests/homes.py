@@ -1,5 +1,6 @@
 """Owners' homes for tests: a signed campaign over the tiny base, homes that agreed to it, and requests to them."""
 
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 from flwr.app import Message
 
 from client.app import app as client_app
+from client.artifact import sign_folder
 from client.consent import agree
 from client.home import Home, create_home
 from client.site import resident_base, resident_dataset
@@ -51,6 +53,13 @@ def make_home(
             home.records().add(published.dataset.users[user].train)
         consent(home, published)
     return home
+
+
+def sign_base(base: Path, published: SimpleNamespace, folder: Path) -> Path:
+    """A copy of a fleet's base, signed by the operator of a campaign."""
+    shutil.copytree(base, folder)
+    sign_folder(folder, load_private(published.private))
+    return folder
 
 
 def clock() -> datetime:

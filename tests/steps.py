@@ -99,7 +99,7 @@ class Setting:
 
     def policy(self, **changes) -> Policy:
         constants = {
-            "protocol": 2, "campaign": "c", "trust": "local", "unit": "record", "relation": "add-or-remove-one",
+            "protocol": 3, "campaign": "c", "trust": "local", "unit": "record", "relation": "add-or-remove-one",
             "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5, "noise_multiplier": 2.0, "sampling_rate": 1.0, "steps": 1,
             "denominator": 4.0, "max_participations": 5, "max_update_norm": 1e9, "learning_rate": 0.7, "rounds": 5,
             "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "none", "head_blocks": 1,

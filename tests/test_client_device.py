@@ -13,14 +13,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from keyring.backend import KeyringBackend
 from safetensors.numpy import save
 
+from client.app import answer
 from client.consent import agree
 from client.device import OwnedDevice
 from client.store import RecordStore
 from server.app import run_rounds
-from server.gate import check_reply
+from server.gate import RejectedReply, check_reply
 from shared import wire
 from shared.campaign import read_campaign
 from shared.errors import CampaignError, LedgerError, PrivacyError
+from shared.noise import SecureRandomness, SeededRandomness
 from shared.signing import load_private, sign_policy
 
 
@@ -377,3 +379,52 @@ class TestConsent:
         scenario.write_text(json.dumps(settings))
         with pytest.raises(CampaignError, match="settings the policy names"):
             agree(home, folder, operator=published.key, until=homes.UNTIL)
+
+
+def seeded_answer(home):
+    """The ClientApp of a device whose noise a test draws from seeds."""
+
+    def device(context):
+        del context
+        return OwnedDevice(
+            home,
+            randomness=lambda campaign, round_number: SeededRandomness(
+                seed=1, campaign=campaign.policy.campaign, device=0, round_number=round_number
+            ),
+        )
+
+    return lambda message, context: answer(message, context, find=device)
+
+
+def test_a_reply_whose_noise_could_be_foreseen_says_so_and_no_server_takes_it(homes, home, published):
+    campaign = published.campaign
+    gate = {"policy": campaign.policy, "policy_sha256": campaign.policy.sha256, "round_number": 1}
+    _, reply = homes.ask(home, campaign, client=seeded_answer(home))
+    with pytest.raises(RejectedReply) as refused:
+        check_reply(reply, **gate)
+    assert refused.value.code == "SEEDED"
+    _, again = homes.ask(home, campaign, client=seeded_answer(home))
+    assert check_reply(again, **gate, accept_seeded=True)
+    _, honest = homes.ask(home, campaign, round_number=2)
+    with pytest.raises(RejectedReply, match="SEEDED"):  # a test's server takes no others
+        check_reply(honest, **gate | {"round_number": 2}, accept_seeded=True)
+
+
+def test_no_setting_environment_or_message_makes_the_noise_foreseeable(homes, home, published, monkeypatch):
+    """Only a caller in the device's own process can; two answers to one request never share their noise."""
+    for name in ("RANDOMNESS", "SEED", "SOTTOVOCE_SEED", "PYTHONHASHSEED", "SOTTOVOCE_RANDOMNESS"):
+        monkeypatch.setenv(name, "1")
+    made = []
+    monkeypatch.setattr("client.device.SecureRandomness", lambda: made.append(1) or SecureRandomness())
+    campaign = published.campaign
+    grid = homes.grid_of([home.folder], run_config={"seed": 1, "randomness": "seeded", "noise": "seeded"})
+    for context in grid._contexts.values():
+        context.node_config |= {"seed": 1, "randomness": "seeded", "noise": "seeded"}
+    arrays = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
+    content = wire.pack_request(wire.pack_arrays(arrays), round_number=1, policy_sha256=campaign.policy.sha256)
+    [reply] = grid.send_and_receive([Message(content, dst_node_id=1000, message_type="train")])
+    assert made == [1]
+    assert not wire.take_stamp(reply.content)
+    content[wire.CONFIG]["noise"] = "seeded"
+    [refused] = grid.send_and_receive([Message(content, dst_node_id=1000, message_type="train")])
+    assert wire.refusal_code(refused) == "SCHEMA"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from client.language import open_lm_base
 from shared.errors import HeadError
 
 BASE_SHA256 = "ab" * 32
+SCENARIO = Path(__file__).parent.parent / "simulations" / "scenarios" / "sotu.toml"
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PRIVACY = {"trust": "local", "unit": "record", "epsilon": 8.0}
@@ -103,7 +105,7 @@ def test_a_head_generates_what_torch_does(tiny_llama, tiny_lm_fleet, tiny_texts,
     assert len(answers) == 4
     assert manifest["rank"] == rank
     assert 0 <= manifest["parity"]["max_abs"] <= 1e-4
-    assert manifest["parity"]["greedy_tokens"] == 32
+    assert (manifest["parity"]["n_probes"], manifest["parity"]["greedy_tokens"]) == (3, 4)
 
 
 def test_manifests_say_what_they_must(tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path):
@@ -195,34 +197,93 @@ def test_the_gate_refuses_the_usual_mistakes(tiny_llama, tiny_lm_fleet, tiny_tex
         return found
 
     monkeypatch.setattr(client.export_lm, "slot_tensors", wrong)
-    with pytest.raises(HeadError, match=r"known answer|finite"):
+    with pytest.raises(HeadError, match=r"must agree|finite"):
         write_head(tmp_path / "ann", tiny_lm_fleet, Adapted(tiny_llama), tiny_texts)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_gate_compares_every_probe_and_the_greedy_answer(tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path):
+def off(logits, by, row, when=lambda length: True):
+    """A reference that is wrong in one logit of one position."""
+
+    def wrong(token_ids):
+        found = logits(token_ids).copy()
+        if when(token_ids.shape[1]):
+            found[:, row, 7] += by
+        return found
+
+    return wrong
+
+
+def test_the_gate_of_a_head_compares_probes_and_the_answer_through_the_cache(
+    tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path
+):
     adapted = Adapted(tiny_llama)
-    known = client.export_lm._KNOWN_TEXT
-    ids = open_lm_base(tiny_lm_fleet).tokenizer
-    lengths = {len(ids.encode(text).ids) for text in tiny_texts}
-    longest = max(lengths)
+    seen = []
 
-    def off(by, when):
-        def logits(token_ids):
-            found = adapted.logits(token_ids)
-            if when(token_ids.shape[1]):
-                found[:, -1, 7] += by
-            return found
+    def counting(token_ids):
+        seen.append(token_ids.shape[1])
+        return adapted.logits(token_ids)
 
-        return logits
-
-    short = min(lengths - {0, len(ids.encode(known).ids)})
-    for when in (lambda length: length == short, lambda length: length > longest):  # one probe; only the answer
+    write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=counting)
+    shutil.rmtree(tmp_path / "ann")
+    prompt = len(open_lm_base(tiny_lm_fleet).tokens(client.export_lm._KNOWN_TEXT)) + 24
+    assert seen == [prompt + 3]  # one pass of torch over texts and answer
+    for row in (0, prompt - 24, prompt - 1, prompt, -1):
         with pytest.raises(HeadError, match=r"must agree within 0\.001"):
-            write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=off(3 * TOLERANCE, when))
-        write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=off(TOLERANCE / 3, when))
-        shutil.rmtree(tmp_path / "ann")
+            write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=off(adapted.logits, 3e-3, row))
     assert list(tmp_path.iterdir()) == []
+    write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=off(adapted.logits, TOLERANCE / 3, 20))
+
+
+def test_the_gate_of_a_base_compares_every_probe_and_the_greedy_answer(
+    tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path, monkeypatch
+):
+    model = (tiny_lm_fleet / "model.onnx").read_bytes()
+    monkeypatch.setattr(client.export_lm, "build_lm_graph", lambda *args, **kwargs: model)
+    lengths = [len(ids) for ids in map(open_lm_base(tiny_lm_fleet).tokens, tiny_texts) if ids]
+    alone = next(length for length in lengths if lengths.count(length) == 1)
+    bare = torch_logits(tiny_llama)
+
+    def export(logits):
+        return export_lm_base(
+            tiny_llama, tmp_path / "base", base_sha256=BASE_SHA256, blocks=[0, 1], targets=TARGETS, max_tokens=128,
+            probe_texts=tiny_texts, logits=logits,
+        )  # fmt: skip
+
+    for when in (lambda length: length == alone, lambda length: length > max(lengths)):  # one probe; only the answer
+        with pytest.raises(HeadError, match=r"must agree within 0\.001"):
+            export(off(bare, 3 * TOLERANCE, -1, when))
+    assert list(tmp_path.iterdir()) == []
+    parity = export(off(bare, TOLERANCE / 3, -1))["parity"]
+    assert (parity["n_probes"], parity["greedy_tokens"]) == (len(lengths), 32)
+
+
+def test_a_head_may_choose_no_other_token_than_torch(tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(client.export_lm, "TOLERANCE", 100.0)  # so that only the choice of tokens can be refused
+    adapted = Adapted(tiny_llama)
+    with pytest.raises(HeadError, match="the same 4 greedy tokens"):
+        write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=off(adapted.logits, 50.0, -1))
+    write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=off(adapted.logits, 50.0, 5))
+
+
+def test_no_special_token_is_put_around_a_text_as_in_training(tiny_llama, tiny_lm_fleet, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    from shared.config import load_scenario
+    from shared.model import load_base
+    from shared.tasks import encode_dialogues
+
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    base = load_base(model)
+    start = base.tokenizer.id_to_token(base.eos_id)
+    base.tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, base.eos_id)])
+    assert base.tokenizer.encode("Heat").ids[0] == base.eos_id
+    scenario = load_scenario(SCENARIO)
+    trained = encode_dialogues(base, [("Heat", "A film.")], scenario).token_ids[0]
+    opened = replace(open_lm_base(tiny_lm_fleet), tokenizer=base.tokenizer, template=scenario.task.template)
+    asked = opened.encode("Heat")
+    assert asked[0] != base.eos_id
+    assert trained[: len(asked)] == asked
 
 
 def test_an_adapter_without_effect_is_refused_and_one_of_zeros_is_the_base(
@@ -244,7 +305,9 @@ def test_a_base_other_than_the_adapter_s_is_refused(tiny_llama, tiny_lm_fleet, t
 
 def test_the_gate_refuses_slots_that_change_the_base(tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path, monkeypatch):
     plain = onnx.load(tiny_lm_fleet / "model.onnx")
-    monkeypatch.setattr(client.graph_lm, "_run_builder", lambda folder, scratch: tiny_lm_fleet / "model.onnx")
+    monkeypatch.setattr(
+        client.graph_lm, "_run_builder", lambda folder, scratch, precision: tiny_lm_fleet / "model.onnx"
+    )
 
     def damaging(model, folder, layers):
         for tensor in model.graph.initializer:

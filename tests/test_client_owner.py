@@ -15,6 +15,7 @@ from client.forget import forget
 from client.home import open_home
 from client.owner_cli import default_home
 from client.owner_words import status_lines
+from client.verify import keep_head
 from shared.datasets.records import Record
 from shared.errors import LedgerError, StoreError
 from shared.signing import new_key
@@ -69,8 +70,9 @@ def active(homes, published, tmp_path):
     made = homes.make_home(tmp_path / "active", published)
     assert homes.ask(made, published.campaign)[0] is None
     for number in (1, 2):
-        files = {"manifest.json": b"{}", "adapter.safetensors": SECRET.encode() * number}
-        made.heads().add(files, {"created": "now", "campaign": "c", "round": str(number)})
+        manifest = json.dumps({"schema": 2, "kind": "adapter", "sequence": number}).encode()
+        files = {"manifest.json": manifest, "adapter.safetensors": SECRET.encode() * number}
+        keep_head(made, files, {"created": "now", "campaign": "c", "round": str(number)})
     return made
 
 
@@ -471,7 +473,7 @@ def test_forget_deletes_and_the_receipt_says_what_and_what_not(active, homes, pu
     assert code == 0
     left = {path.name for path in active.folder.iterdir()}
     assert left <= {"keystore.json", "keys", "ledger.db", "ledger.db-wal", "ledger.db-shm", "lock", "receipts"}
-    assert {path.name for path in (active.folder / "keys").iterdir()} == {"ledger-key", "anchor"}
+    assert {path.name for path in (active.folder / "keys").iterdir()} == {"ledger-key", "anchor", "head-sequence"}
     [kept] = (active.folder / "receipts").iterdir()
     content = (tmp_path / "receipt.json").read_bytes()
     assert kept.read_bytes() == content

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.artifact import ADAPTER
+from client.artifact import ADAPTER, sign_folder
 from client.export_lm import export_lm_base
 from client.generation import open_generator
 from client.private_head import PROBES, head_logits, language_parts, personalize
@@ -18,6 +18,7 @@ from shared.adapter import load_shared, load_start
 from shared.config import load_scenario
 from shared.errors import CampaignError, HeadError, LedgerError, SottovoceError, StoreError
 from shared.noise import seeded_generator
+from shared.signing import load_private
 from simulations.observe import RatingObserver
 from simulations.observe_language import LanguageObserver
 from sottovoce.cli import main
@@ -55,6 +56,12 @@ def observer_of(kind, published):
     load_start(head, campaign.start)
     texts = TextFeatures(base, campaign.scenario, published.dataset)
     return kind(head, texts, published.dataset, campaign.scenario, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_fleet(tiny_fleet, homes, published, tmp_path_factory):
+    """The fleet's base, signed by the campaign's operator."""
+    return homes.sign_base(tiny_fleet, published, tmp_path_factory.mktemp("signed") / "base")
 
 
 @pytest.fixture
@@ -250,6 +257,7 @@ def language(homes, tiny, tiny_llama, tmp_path_factory):
         probe_texts=PROBES,
         logits=lambda token_ids: head_logits(None, base, token_ids),
     )
+    sign_folder(fleet, load_private(published.private))
     return published, fleet, base
 
 

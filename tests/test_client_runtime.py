@@ -247,8 +247,9 @@ def test_what_is_no_safetensors_file_is_refused(copied, content):
         "{}",
         "null",
         "[" * 100_000,
-        '{"schema": 1, "kind": "base"}',
-        '{"schema": 2, "kind": "adapter"}',
+        '{"schema": 2, "kind": "base"}',
+        '{"schema": 1, "kind": "adapter"}',
+        '{"schema": 3, "kind": "adapter"}',
     ],
 )
 def test_what_is_no_manifest_is_refused(copied, content):

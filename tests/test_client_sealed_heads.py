@@ -1,6 +1,7 @@
 """Private heads are kept, gone back to and opened without one of their tensors in plain on disk."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -366,3 +367,16 @@ def test_bytes_changed_after_opening_change_nothing(head, tiny_fleet, tiny_texts
     before = opened.raw(tiny_texts)
     content[ADAPTER][:] = bytes(len(content[ADAPTER]))
     np.testing.assert_array_equal(opened.raw(tiny_texts), before)
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "2 names", "regular file"])
+def test_a_version_that_is_no_file_of_its_own_is_refused_at_once(home, shelf, tmp_path, kind):
+    number = shelf.add({"manifest.json": b"{}"}, {"created": "now", "campaign": "films", "round": "1"})
+    [path] = (home / "vault" / "heads").glob(f"{number:06d}")
+    if kind == "2 names":
+        os.link(path, tmp_path / "other")
+    else:
+        path.rename(tmp_path / "moved")
+        path.symlink_to(tmp_path / "moved") if kind == "symbolic link" else os.mkfifo(path)
+    with pytest.raises(StoreError, match=kind):
+        shelf.read(number)

@@ -386,8 +386,11 @@ def test_when_the_keystore_refuses_nothing_is_shredded(home, vault):
 def test_an_unreadable_place_is_an_error_in_one_line(home, vault):
     (home / "vault" / "records").mkdir()
     (home / "vault" / "records" / "1").mkdir()
-    for call in (lambda: vault.open("records/1"), lambda: vault.seal("records/1", b"x")):
-        with pytest.raises(StoreError, match="try again") as caught:
+    for call, match in (
+        (lambda: vault.open("records/1"), "must be a regular file"),
+        (lambda: vault.seal("records/1", b"x"), "try again"),
+    ):
+        with pytest.raises(StoreError, match=match) as caught:
             call()
         assert "\n" not in str(caught.value)
     assert not temporary_of(home / "vault" / "records" / "1").exists()

@@ -13,13 +13,15 @@ import scipy.stats
 import torch
 from opacus import GradSampleModule
 
+import client.optimizer
 import client.train
+import shared.features
 from client.optimizer import PolicyOptimizer
-from client.train import make_trainable, micro_batches
+from client.train import make_trainable
 from shared.adapter import shared_parameters
 from shared.clipping import clipped_sum
 from shared.errors import RefusedError
-from shared.features import Features
+from shared.features import Features, micro_batches
 from shared.head import CausalHead, RatingHead
 from shared.lora import FEDERATION_METHODS
 from shared.noise import GRID_SIGMA, SecureRandomness, SeededRandomness
@@ -55,7 +57,7 @@ def wide(make):
 @pytest.fixture
 def together(monkeypatch):
     """All records in one micro-batch, however much of it is padding."""
-    monkeypatch.setattr(client.train, "_MAX_PADDING", 1e9)
+    monkeypatch.setattr(shared.features, "_MAX_PADDING", 1e9)
 
 
 # Mutants: optimizers that are wrong in one way each.

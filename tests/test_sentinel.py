@@ -140,6 +140,7 @@ BREAKS = {
 
 def test_no_word_of_the_owner_leaves_the_vault(watched, homes, published, tmp_path, tiny_fleet, capsys):
     home, watch = watched
+    fleet = homes.sign_base(tiny_fleet, published, tmp_path / "signed-base")
     campaign = published.campaign
     assert homes.ask(home, campaign)[0] is None
     assert homes.ask(home, campaign)[0] is None  # again, from the outbox
@@ -157,8 +158,8 @@ def test_no_word_of_the_owner_leaves_the_vault(watched, homes, published, tmp_pa
         assert run_command(watch, capsys, command, "--home", home.folder) == 0
     for command in ("status", "history"):
         assert run_command(watch, capsys, command, "--json", "--home", home.folder) == 0
-    assert run_command(watch, capsys, "personalize", "--home", home.folder, "--base", tiny_fleet) == 0
-    assert run_command(watch, capsys, "personalize", "--home", home.folder, "--base", tiny_fleet) == 0
+    assert run_command(watch, capsys, "personalize", "--home", home.folder, "--base", fleet) == 0
+    assert run_command(watch, capsys, "personalize", "--home", home.folder, "--base", fleet) == 0
     assert run_command(watch, capsys, "rollback", "--home", home.folder) == 0
     assert run_command(watch, capsys, "forget", "--yes", "--home", home.folder) == 0
     assert watch.wire

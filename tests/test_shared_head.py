@@ -182,7 +182,7 @@ def test_a_batchs_mean_would_break_the_bound_and_would_be_seen(llama, monkeypatc
 
     setting = Setting(llama)
     monkeypatch.setattr(CausalHead, "forward", batch_mean)
-    monkeypatch.setattr("client.train._MAX_PADDING", 100.0)  # all in one batch
+    monkeypatch.setattr("shared.features._MAX_PADDING", 100.0)  # all in one batch
     whole, part = setting.update(clip_norm=1e3), setting.update([0, 1, 2, 3], clip_norm=1e3)
     monkeypatch.undo()
     single = setting.update([4], clip_norm=1e3)

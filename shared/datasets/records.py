@@ -97,6 +97,15 @@ def check_dataset(found: object, format_name: str) -> Dataset:
     return found
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written, as opposed to half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def split_by_time(
     records: Iterable[Record],
 ) -> tuple[tuple[Record, ...], tuple[Record, ...], tuple[Record, ...]]:

@@ -1,0 +1,97 @@
+"""The base of a whole fleet: exported for what a campaign trains, compared with torch, signed by the operator."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.artifact import sign_folder
+from client.export import export_base
+from client.export_lm import export_lm_base
+from client.private_head import PROBES, head_logits
+from client.site import resident_base
+from shared.campaign import Campaign
+from shared.config import Scenario
+from shared.head import Head
+from shared.model import Base
+
+
+def export_campaign_base(
+    campaign: Campaign,
+    folder: Path,
+    *,
+    key: Ed25519PrivateKey,
+    precision: str = "fp32",
+    probe_texts: Sequence[str] = PROBES,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Write and sign the base that all devices of a campaign answer with.
+
+    Args:
+        campaign: Names base, blocks and targets.
+        folder: Replaced as a whole at the end, or left as it was.
+        key: The operator's, which signed the campaign; devices trust no other.
+        precision: ``fp32`` or ``int8``.
+        probe_texts: Real and public; torch and the graph are compared on them.
+        cache: Folder of finished graphs.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        HeadError: The graph does not answer as torch does; see ``export_base`` and ``export_lm_base``.
+        CampaignError: The base found here is not the campaign's.
+    """
+    scenario = campaign.scenario
+    base = resident_base(scenario.model.base, scenario.performance.device)
+    head = campaign.new_head(base)
+    manifest = export_fleet(base, head, scenario, folder, probe_texts=probe_texts, precision=precision, cache=cache)
+    sign_folder(folder, key)
+    return manifest
+
+
+def export_fleet(
+    base: Base,
+    head: Head,
+    scenario: Scenario,
+    folder: Path,
+    *,
+    probe_texts: Sequence[str],
+    precision: str = "fp32",
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Write the base for the heads of a scenario, unsigned; arguments as for ``export_campaign_base``."""
+    settings: dict[str, Any] = {
+        "blocks": range(head.first_block, base.num_blocks),
+        "targets": scenario.adapter.targets,
+        "precision": precision,
+        "cache": cache,
+    }
+    return EXPORTS[scenario.task.name](base, scenario, folder, list(probe_texts), settings)
+
+
+def _export_rating(
+    base: Base, scenario: Scenario, folder: Path, probes: list[str], settings: dict[str, Any]
+) -> dict[str, Any]:
+    return export_base(
+        base, folder, max_tokens=scenario.model.max_tokens, task=scenario.task, probe_texts=probes, **settings
+    )
+
+
+def _export_generation(
+    base: Base, scenario: Scenario, folder: Path, probes: list[str], settings: dict[str, Any]
+) -> dict[str, Any]:
+    return export_lm_base(
+        base.folder,
+        folder,
+        base_sha256=base.sha256,
+        template=scenario.task.template,
+        max_tokens=base.positions,
+        probe_texts=[scenario.task.template.replace("{text}", text) for text in probes],
+        logits=lambda token_ids: head_logits(None, base, token_ids),
+        **settings,
+    )
+
+
+EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {"rating": _export_rating, "generation": _export_generation}

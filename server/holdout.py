@@ -1,0 +1,173 @@
+"""Public or operator-owned records that every round's shared arrays are scored on: no user's data, no user's metric."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from server.rounds import Score
+from shared.adapter import Arrays, load_shared, load_start, within_bound
+from shared.assets import resolve
+from shared.campaign import Campaign
+from shared.config import Scenario
+from shared.datasets import Record, read
+from shared.datasets.folder import SUFFIXES, read_folder
+from shared.errors import DataError
+from shared.features import Features, cached_features
+from shared.head import Head
+from shared.model import Base, load_base
+from shared.scoring import response_scores, rmse, text_predictions
+from shared.tasks import TASKS, Labels, Scores, Targets
+
+_SAMPLE_SEED = 5
+MAX_RECORDS = 2_000  # by default; more digits than anybody decides by
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Records to score on.
+
+    Attributes:
+        records: At least one.
+        source: Where they come from, in words.
+    """
+
+    records: tuple[Record, ...]
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything a score depends on."""
+        rows = [[record.text, record.response, record.target] for record in self.records]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_holdout(
+    format_name: str, source: str, *, columns: Mapping[str, str] | None = None, records: int = MAX_RECORDS
+) -> Holdout:
+    """Read a hold-out.
+
+    Args:
+        format_name: A published format, whose test rows of all users are pooled; or the format of a folder of the
+            operator's own records, see ``shared.datasets.folder``.
+        source: ``asset:NAME`` or a folder.
+        columns: Of own records: what stands in which column.
+        records: At most so many; of more, the same random ones every time.
+
+    Raises:
+        DataError: There is no record, or a file is not as its format says.
+        ScenarioError, AssetError, StoreError: No such format, or no such source.
+    """
+    if not records >= 1:
+        raise DataError(f"--holdout-records must be at least 1, got {records}.")
+    if format_name in SUFFIXES:
+        found: Sequence[Record] = read_folder(Path(source), format=format_name, columns=columns or {}).records
+    else:
+        found = [record for user in read(format_name, resolve(source)).users for record in user.test]
+    if not found:
+        raise DataError(f"a hold-out must hold at least one record, {source} ({format_name}) has none; name another.")
+    rows = np.random.default_rng(_SAMPLE_SEED).permutation(len(found))[:records]
+    return Holdout(tuple(found[row] for row in np.sort(rows)), f"{source} ({format_name})")
+
+
+class Examiner:
+    """Scores shared arrays on a hold-out: the bare shared part, without anything private.
+
+    The base is loaded and the backbone run once; a score after that touches the head only.
+
+    Args:
+        campaign: Whose arrays.
+        holdout: The records.
+        cache: Folder for backbone outputs of the hold-out, which are as telling as its texts.
+
+    Raises:
+        CampaignError: The base is not the campaign's.
+        DataError: A record does not fit the task.
+    """
+
+    def __init__(self, campaign: Campaign, holdout: Holdout, *, cache: Path) -> None:
+        scenario = campaign.scenario
+        _check_records(holdout, scenario)
+        torch.set_num_threads(scenario.performance.threads)
+        base = load_base(resolve(scenario.model.base))
+        self.holdout, self._scenario = holdout, scenario
+        self._holdout_id = holdout.sha256[:16]
+        self._head = campaign.new_head(base)
+        load_start(self._head, campaign.start)
+        self._features, self._targets = _encode(base, holdout.records, scenario, cache=cache)
+
+    def knows(self, score: Score | None) -> bool:
+        """Whether a score is one on this hold-out."""
+        return score is not None and score.holdout == self._holdout_id
+
+    def score(self, arrays: Arrays) -> Score:
+        """The score of shared arrays; its value is None unless it is finite."""
+        others: Mapping[str, float] = {}
+        metric, value = _METRIC[self._scenario.task.name], math.nan
+        if within_bound(arrays):
+            value, others = _SCORERS[self._scenario.task.name](
+                self._head, arrays, self._features, self._targets, self._scenario
+            )
+        return Score(
+            metric=metric,
+            value=_finite(value),
+            records=len(self.holdout.records),
+            holdout=self._holdout_id,
+            others={name: _finite(other) for name, other in others.items()},
+        )
+
+
+def _check_records(holdout: Holdout, scenario: Scenario) -> None:
+    if scenario.task.name == "generation" and not all(record.response for record in holdout.records):
+        raise DataError(
+            f"a hold-out for task 'generation' must have a response in every record, {holdout.source} has not."
+        )
+    low, high = scenario.task.low, scenario.task.high
+    if scenario.task.name == "rating" and not all(low <= record.target <= high for record in holdout.records):
+        raise DataError(f"ratings of a hold-out must be from {low:g} to {high:g}, in {holdout.source} one is not.")
+
+
+def _encode(base: Base, records: Sequence[Record], scenario: Scenario, *, cache: Path) -> tuple[Features, Targets]:
+    """Backbone outputs and targets of records; equal texts share one array."""
+    encoded = TASKS[scenario.task.name](base, [record.key for record in records], scenario)
+    blocks = base.head_blocks(scenario.model.head_blocks)
+    features = cached_features(base, encoded.token_ids, head_blocks=blocks, cache=cache, quiet=True)
+    if encoded.labels is not None:
+        return features, Labels(encoded.labels)
+    return features, Scores([record.target for record in records])
+
+
+def _score_ratings(
+    head: Any, arrays: Arrays, features: Features, targets: Targets, scenario: Scenario
+) -> tuple[float, Mapping[str, float]]:
+    """RMSE and MAE of predictions clipped to the scale."""
+    _, predicted = text_predictions(head, arrays, features)
+    predicted = np.clip(predicted, scenario.task.low, scenario.task.high)
+    wanted = targets.batch(np.arange(len(targets)), 0).numpy().astype(np.float64)
+    return rmse(predicted, wanted), {"mae": float(np.mean(np.abs(predicted - wanted)))}
+
+
+def _score_responses(
+    head: Any, arrays: Arrays, features: Features, targets: Targets, scenario: Scenario
+) -> tuple[float, Mapping[str, float]]:
+    """Perplexity, and the share of tokens that were the likeliest."""
+    load_shared(head, arrays)
+    scores = response_scores(head, features, targets, micro_batch=scenario.performance.micro_batch)
+    return scores.perplexity, {"token_accuracy": float(scores.hits.sum() / scores.tokens.sum())}
+
+
+_METRIC = {"rating": "rmse", "generation": "perplexity"}
+_SCORERS: dict[str, Callable[[Head, Arrays, Features, Targets, Scenario], tuple[float, Mapping[str, float]]]] = {
+    "rating": _score_ratings,
+    "generation": _score_responses,
+}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,43 @@
+"""What shared arrays make of records, without anything private: predictions of ratings, likelihoods of responses."""
+
+import numpy as np
+
+from shared.adapter import Arrays, load_shared
+from shared.features import Features, micro_batches
+from shared.head import CausalHead, RatingHead, pooled_features
+from shared.language_metrics import TokenScores
+from shared.tasks import Targets
+
+
+def text_predictions(head: RatingHead, arrays: Arrays, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled features (n, d) and shared predictions (n,) of texts; the head is left with these shared arrays."""
+    load_shared(head, arrays)
+    pooled = pooled_features(head, features)
+    weight, bias = head.output_layer()
+    return pooled, pooled.astype(np.float64) @ weight + bias
+
+
+def rmse(predictions: np.ndarray, targets: np.ndarray) -> float:
+    """Root mean squared error over all rows."""
+    return float(np.sqrt(np.mean((predictions - targets) ** 2)))
+
+
+def response_scores(head: CausalHead, features: Features, targets: Targets, *, micro_batch: int) -> TokenScores:
+    """Likelihood of every response at the head's present parameters, in the order of the records.
+
+    Args:
+        head: Of the campaign, with the arrays to be scored loaded.
+        features: Backbone outputs of the records (n of them).
+        targets: Labels of the same records.
+        micro_batch: Tokens per forward pass, padding included.
+    """
+    nll, tokens, hits = (np.zeros(len(features)) for _ in range(3))
+    for rows in micro_batches(np.arange(len(features)), features.lengths, micro_batch):
+        hidden, mask = features.batch(rows)
+        labels = targets.batch(rows, hidden.shape[1])
+        device = head.device
+        losses, right, owner = head.token_scores(hidden.to(device), mask.to(device), labels.to(device))
+        np.add.at(nll, rows[owner.numpy()], losses.numpy())
+        np.add.at(hits, rows[owner.numpy()], right.numpy())
+        np.add.at(tokens, rows[owner.numpy()], 1.0)
+    return TokenScores(nll, tokens, hits)

@@ -1,0 +1,55 @@
+"""What every measurement says of itself: machine, versions, commit."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def about(*packages: str) -> dict[str, Any]:
+    """Machine, Python, versions of packages, and the commit of the checkout (None where it is none)."""
+    return {
+        "machine": {
+            "platform": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+        },
+        "versions": {name: version(name) for name in packages},
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout the code runs from, None where it is none."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    root = Path(__file__).parent.parent
+    found = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def goal(value: float, *, at_most: float | None = None, at_least: float | None = None) -> dict[str, float | bool]:
+    """A value beside the limit it should keep; NaN keeps none.
+
+    Example:
+        >>> goal(2.0, at_least=3.0)
+        {'value': 2.0, 'at_least': 3.0, 'met': False}
+    """
+    if at_most is not None:
+        return {"value": value, "at_most": at_most, "met": value <= at_most}
+    if at_least is not None:
+        return {"value": value, "at_least": at_least, "met": value >= at_least}
+    raise ValueError("a goal must have a limit, got none; give at_most or at_least.")
+
+
+def goal_lines(goals: dict[str, dict[str, float | bool]]) -> list[str]:
+    """Goals for a reader, those missed first."""
+    out = []
+    for name, each in sorted(goals.items(), key=lambda item: item[1]["met"]):
+        bound = f"at most {each['at_most']:g}" if "at_most" in each else f"at least {each['at_least']:g}"
+        out.append(f"  {'met   ' if each['met'] else 'MISSED'} {name:<58} {each['value']:10.4g}  ({bound})")
+    return out
