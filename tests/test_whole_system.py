@@ -34,7 +34,11 @@ from simulations.loopback import (
 )
 from simulations.run import simulate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.filterwarnings("ignore:GitWildMatchPattern"),  # of Flower's own way to build a bundle
+]
 
 TESTS = Path(__file__).parent
 DEVICES, SEED = 3, 5
