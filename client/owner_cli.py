@@ -27,6 +27,7 @@ _PLACES = """\
 example:
   sottovoce client init --keystore os --cap-epsilon 16
   sottovoce client init --keystore os --source ~/reviews --format csv --columns text=review,target=stars
+  sottovoce client init --keystore os --campaign campaigns/NAME --operator operator.pub --until 2027-06-30
 
 os keeps the keys in the operating system's keyring, file in the home's own folder: whoever reads that folder then
 reads your records too. Records, features and private heads are always encrypted.
@@ -55,6 +56,12 @@ def add_parsers(commands: "Subparsers") -> None:
     begin.add_argument("--keystore", required=True, metavar="os|file", help="where the keys are kept")
     _add_caps(begin, defaults=True)
     source_cli.add_reading(begin)
+    begin.add_argument(
+        "--campaign", type=Path, metavar="DIR", help="agree to this campaign as well (see: client consent)"
+    )
+    begin.add_argument("--operator", type=Path, metavar="KEY.pub", help="with --campaign: the operator's public key")
+    begin.add_argument("--until", metavar="YYYY-MM-DD", help="with --campaign: last day you agree to (UTC)")
+    _add_yes(begin)
     source = _add(commands, "source", source_cli.run, source_cli.SUMMARY, source_cli.EXAMPLES)
     source_cli.add_arguments(source)
     _add_json(source)
@@ -160,6 +167,9 @@ def _init(options: argparse.Namespace) -> int:
     from client.owner import begin
 
     folder = options.home or default_home()
+    given = [value is not None for value in (options.campaign, options.operator, options.until)]
+    if any(given) and not all(given):
+        raise LedgerError("to agree at once, --campaign, --operator and --until belong together; nothing was made.")
     source = source_cli.named(options.source, options)
     if source is not None:
         source.read()  # before a home is made
@@ -176,7 +186,7 @@ def _init(options: argparse.Namespace) -> int:
     )
     if source is not None:
         _say(*source_cli.choose(home, source))
-    return 0
+    return _consent(options) if options.campaign else 0
 
 
 def _add_records(options: argparse.Namespace) -> int:

@@ -4,8 +4,6 @@ A run folder holds everything the report is made of; ``docs/summary.md`` describ
 """
 
 import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -25,6 +23,7 @@ from shared.datasets import Dataset
 from shared.flower import Metered, metered, run_inline, seats
 from shared.model import Base
 from shared.ray_engine import run_ray
+from simulations.bench_about import commit
 from simulations.campaigns import Opened, Plan, Result, exported_users, open_campaign, plan_campaigns, run_campaign
 from simulations.folder import (
     check_same_scenario,
@@ -184,15 +183,5 @@ def _describe_run(scenario: Scenario, command: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}",
         },
-        "commit": _commit(),
+        "commit": commit(),
     }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout the code runs from, None where it is none."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    root = Path(__file__).parent.parent
-    found = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None

@@ -233,6 +233,17 @@ def test_consent_shows_what_is_asked_and_needs_a_yes(home, operator, published, 
     assert (kept / "shared.safetensors").exists()  # a refused second consent changes nothing
 
 
+def test_init_agrees_at_once_where_everything_for_it_is_given(operator, published, tmp_path, capsys):
+    new, whole = tmp_path / "new", ("--campaign", published.campaign.folder, "--operator", operator)
+    assert "belong together" in refused(capsys, "init", "--keystore", "file", "--home", new, *whole)
+    assert not new.exists()
+    code, out, _ = run(capsys, "init", "--keystore", "file", "--home", new, *whole, "--until", "2099-12-31", "--yes")
+    assert code == 0
+    assert f"epsilon {published.campaign.policy.epsilon:g}" in out  # shown before it is agreed to
+    [standing] = open_home(new).ledger().consents()
+    assert standing.consent.policy == published.campaign.policy.sha256
+
+
 def test_the_bytes_consent_shows_are_those_history_counts(homes, published, tmp_path):
     home = homes.make_home(tmp_path / "a")
     until = date(2099, 1, 1)

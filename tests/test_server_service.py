@@ -1,0 +1,112 @@
+"""A running server follows its register, whatever Flower knew before."""
+
+import json
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+import server.service
+from server.folder import create_server
+from server.register import enrol, revoke
+from shared.errors import CampaignError
+from shared.flower_control import Node, key_bytes
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def new_key():
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+class SuperLink:
+    """What Flower knows; as its Control API says it."""
+
+    def __init__(self):
+        self.known, self.away, self.numbers = {}, False, iter(range(7001, 8000))
+
+    def nodes(self):
+        if self.away:
+            raise CampaignError("Flower's SuperLink must answer on loopback, got ConnectError.")
+        return list(self.known.values())
+
+    def register(self, public_key, *, name):
+        node = Node(next(self.numbers), public_key, online=True)
+        self.known[node.node_id] = node
+        return node.node_id
+
+    def unregister(self, node_id):
+        del self.known[node_id]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def link():
+    return SuperLink()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return create_server(tmp_path / "srv", address="127.0.0.1", port=9444)
+
+
+@pytest.fixture
+def watch(folder, link, monkeypatch):
+    monkeypatch.setattr(server.service, "SuperLink", lambda _: SimpleNamespace(address="", port=1, pid=2, starts=1))
+    monkeypatch.setattr(server.service, "Control", lambda *_, **__: link)
+    policy = SimpleNamespace(campaign="c", sha256="p", cohort_size=2)
+    made = server.service._Watch(folder, SimpleNamespace(policy=policy), 0)
+    made._front = SimpleNamespace(counts=dict)
+    return made
+
+
+def follow(watch):
+    watch._follow_register()
+    watch._follow_register()  # what was registered is seen online the second time
+
+
+def test_who_is_enrolled_is_let_in_and_who_is_revoked_or_a_stranger_is_put_out(folder, link, watch):
+    stranger = link.register(key_bytes(new_key()), name="somebody on this host")
+    keys = [new_key() for _ in range(3)]
+    for number, key in enumerate(keys):
+        enrol(folder.folder, key, f"d{number}", now=NOW)
+    follow(watch)
+    assert stranger not in link.known
+    assert sorted(watch.roster.values()) == [0, 1, 2]
+    assert watch._online == {0, 1, 2}
+
+    revoke(folder.folder, "d1", now=NOW)
+    enrol(folder.folder, new_key(), "late", now=NOW)
+    follow(watch)
+    assert sorted(watch.roster.values()) == [0, 2, 3]  # a seat is never given again
+    assert {node.public_key for node in link.known.values()} >= {key_bytes(keys[0]), key_bytes(keys[2])}
+    assert key_bytes(keys[1]) not in {node.public_key for node in link.known.values()}
+
+
+def test_a_seat_outlives_a_superlink_that_forgot_everything(folder, link, watch):
+    for number in range(2):
+        enrol(folder.folder, new_key(), f"d{number}", now=NOW)
+    follow(watch)
+    before = dict(watch.roster)
+    link.known.clear()
+    follow(watch)
+    assert sorted(watch.roster.values()) == sorted(before.values()) == [0, 1]
+    assert not before.keys() & watch.roster.keys()  # other node ids, the same seats
+
+
+def test_what_the_server_writes_down_says_who_is_there_and_what_is_wrong(folder, link, watch):
+    enrol(folder.folder, new_key(), "d0", now=NOW)
+    follow(watch)
+    watch._write()
+    live = json.loads(folder.live.read_text())
+    assert live["devices"] == [{"name": "d0", "seat": 0, "online": True}]
+    assert live["problem"] is None
+    link.away = True
+    with pytest.raises(CampaignError, match="loopback"):
+        watch._follow_register()
+    assert sorted(watch.roster.values()) == [0]  # the rounds go on with whom it knew
