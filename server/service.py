@@ -22,10 +22,12 @@ from shared.errors import ServerError, SottovoceError
 from shared.files import write_atomically
 from shared.flower import metered
 from shared.flower_control import Control, Node, key_bytes
-from shared.flower_tasks import Task, Tasks
+from shared.flower_tasks import Task, TaskError, Tasks
 
 _WATCH_S = 1.0
 _ATTEMPTS = 3  # of a round with too few good replies
+_PAUSE_S = 10.0  # between them
+_RUNS = 5  # of Flower's, for one campaign at a time
 _TASK_S = 60.0
 
 OnState = Callable[[str], object]
@@ -70,29 +72,34 @@ def serve(
         finally:
             on_round(checkpoint)
 
+    def before_round(round_number: int) -> None:
+        watch.wait_for_cohort(round_number, on_state)
+
+    checkpoints = campaign.folder / "checkpoints"
     with alone(server):
-        start = last_checkpoint(campaign.folder / "checkpoints", policy_sha256=campaign.policy.sha256)
         judge.begin()
-        watch = _Watch(server, campaign, start.round_number if start else 0)
+        watch = _Watch(server, campaign)
         with watch.running(host=host):
-            grid, task = metered(watch.take_run().grid()), watch.task
-            ok = False
-            try:
-                ended = run_rounds(
-                    grid,
-                    campaign,
-                    roster=watch.roster,
-                    start=start,
-                    on_round=after_round,
-                    before_round=lambda number: watch.wait_for_cohort(number, on_state),
-                    attempts=_ATTEMPTS,
-                    accept_seeded=accept_seeded,
-                )
-                ok = True
-            finally:
-                with suppress(SottovoceError):
-                    task.finish(ok=ok)
-    return ended
+            left = _RUNS
+            while True:
+                left -= 1
+                start = last_checkpoint(checkpoints, policy_sha256=campaign.policy.sha256)
+                try:
+                    with watch.run() as task:
+                        return run_rounds(
+                            metered(task.grid()),
+                            campaign,
+                            roster=watch.roster,
+                            start=start,
+                            on_round=after_round,
+                            before_round=before_round,
+                            attempts=_ATTEMPTS,
+                            accept_seeded=accept_seeded,
+                        )
+                except TaskError:  # Flower was away for long, or knows the run no more
+                    if not left:
+                        raise
+                on_state("Flower lost the run; another one goes on after the last finished round")
 
 
 class _Watch:
@@ -100,17 +107,14 @@ class _Watch:
 
     Attributes:
         roster: Node id -> seat of every device that is enrolled and not revoked.
-        task: The run's.
     """
 
-    task: Task
-
-    def __init__(self, server: ServerFolder, campaign: Campaign, round_number: int) -> None:
+    def __init__(self, server: ServerFolder, campaign: Campaign) -> None:
         self._server, self._campaign = server, campaign
         self._link = SuperLink(server)
         self._certificates = server.ca_certificate.read_bytes()
         self._since = _now()
-        self._round = round_number
+        self._round = 0  # that was asked for last
         self._online: frozenset[int] = frozenset()  # seats
         self._devices: list[dict[str, Any]] = []
         self._problem: str | None = None
@@ -137,8 +141,19 @@ class _Watch:
             self._front.stop()
             self._server.live.unlink(missing_ok=True)
 
-    def take_run(self) -> Task:
-        """Start a run at the SuperLink and take its task; runs that a killed server left are ended first."""
+    @contextmanager
+    def run(self) -> Iterator[Task]:
+        """A run at the SuperLink for the length of a block; it is finished well only where the block is."""
+        task, ok = self._take_run(), False
+        try:
+            yield task
+            ok = True
+        finally:
+            with suppress(SottovoceError):
+                task.finish(ok=ok)
+
+    def _take_run(self) -> Task:
+        """Start a run and take its task; runs that a killed server left are ended first."""
         control = self._control()
         try:
             control.stop_runs()
@@ -151,7 +166,6 @@ class _Watch:
         while time.monotonic() < deadline:
             task = tasks.take()
             if task is not None and task.run.run_id == run_id:
-                self.task = task
                 return task
             if task is not None:
                 task.close()
@@ -160,6 +174,8 @@ class _Watch:
 
     def wait_for_cohort(self, round_number: int, on_state: OnState) -> None:
         """Wait until a round's devices are there, however long it takes: more may be enrolled."""
+        if round_number == self._round:  # asked for again: what hindered it gets time to pass
+            self._stop.wait(_PAUSE_S)
         self._round = round_number
         wanted, told = self._campaign.policy.cohort_size, -1
         while len(self._online) < wanted:

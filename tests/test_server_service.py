@@ -1,6 +1,7 @@
 """A running server follows its register, whatever Flower knew before."""
 
 import json
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from server.folder import create_server
 from server.register import enrol, revoke
 from shared.errors import CampaignError
 from shared.flower_control import Node, key_bytes
+from shared.flower_tasks import TaskError
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -60,7 +62,7 @@ def watch(folder, link, monkeypatch):
     monkeypatch.setattr(server.service, "SuperLink", lambda _: SimpleNamespace(address="", port=1, pid=2, starts=1))
     monkeypatch.setattr(server.service, "Control", lambda *_, **__: link)
     policy = SimpleNamespace(campaign="c", sha256="p", cohort_size=2)
-    made = server.service._Watch(folder, SimpleNamespace(policy=policy), 0)
+    made = server.service._Watch(folder, SimpleNamespace(policy=policy))
     made._front = SimpleNamespace(counts=dict)
     return made
 
@@ -110,3 +112,43 @@ def test_what_the_server_writes_down_says_who_is_there_and_what_is_wrong(folder,
     with pytest.raises(CampaignError, match="loopback"):
         watch._follow_register()
     assert sorted(watch.roster.values()) == [0]  # the rounds go on with whom it knew
+
+
+class Interrupted:
+    """Stands in for what goes on beside the rounds."""
+
+    def __init__(self, *_):
+        self.roster = {}
+
+    @contextmanager
+    def running(self, **_):
+        yield
+
+    @contextmanager
+    def run(self):
+        yield SimpleNamespace(grid=lambda: None)
+
+
+@pytest.mark.parametrize("lost", [1, 4, 5])
+def test_a_run_that_flower_loses_is_followed_by_another_from_the_last_checkpoint(folder, tmp_path, monkeypatch, lost):
+    watch, starts, said = Interrupted(), [], []
+    monkeypatch.setattr(server.service, "_Watch", lambda *_: watch)
+    monkeypatch.setattr(server.service, "metered", lambda grid: grid)
+    monkeypatch.setattr(server.service, "last_checkpoint", lambda *_, **__: len(starts))
+
+    def rounds(grid, campaign, *, start, **_):
+        starts.append(start)
+        if len(starts) <= lost:
+            raise TaskError("Flower's Runtime API must answer, got ConnectError.", gone=True)
+        return "done"
+
+    monkeypatch.setattr(server.service, "run_rounds", rounds)
+    campaign = SimpleNamespace(folder=tmp_path, policy=SimpleNamespace(sha256="p"))
+    judge = SimpleNamespace(begin=lambda: None)
+    if lost == 5:
+        with pytest.raises(TaskError):
+            server.service.serve(folder, campaign, judge=judge, on_state=said.append)
+        return
+    assert server.service.serve(folder, campaign, judge=judge, on_state=said.append) == "done"
+    assert starts == list(range(lost + 1))  # each from what was on disk then
+    assert len(said) == lost
