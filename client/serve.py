@@ -28,6 +28,7 @@ from client.chat_api import ApiError, ChatRequest, Reply, parse_request
 from client.guard import Guard, read_body, refuse
 from client.models import Models
 from shared.errors import HeadError, StoreError
+from shared.impatience import Impatient
 
 HOST = "127.0.0.1"
 _MAX_CONNECTIONS = 64
@@ -216,12 +217,16 @@ def run(app: ASGIApp, listening: socket.socket) -> None:
     server(app).run(sockets=[listening])
 
 
+class _Impatient(Impatient):
+    idle_s = 5.0  # connections are few, and a program on this machine is quick to ask
+
+
 def server(app: ASGIApp) -> uvicorn.Server:
     """Uvicorn without access log, banner, proxies or websockets."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=_Impatient,
             ws="none",
             lifespan="off",
             log_config=None,

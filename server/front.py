@@ -14,17 +14,16 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import h11
 import httpx
 import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.folder import ServerFolder
 from shared.errors import ServerError
 from shared.flower_control import fleet_paths
+from shared.impatience import Impatient
 
 MAX_BODY_BYTES = 16 * 2**20  # Flower cuts what is large into pieces of 5 MB; a bundle has at most 10 MB
 _MAX_CALL_BYTES = 256 * 2**10  # of all other calls; over a long list of parts Flower's database stands still
@@ -32,7 +31,6 @@ _PARTS = "/v1/fleet/push-object"
 _MAX_WAITING_BYTES = 256 * 2**20  # of all requests together
 _MAX_CONNECTIONS = 2000
 _BODY_S = 60.0  # to send a request's body
-_IDLE_S = 20.0  # between requests; a device calls every three seconds
 _ANSWER_S = 120.0
 _START_S = 20.0
 _STOP_S = 10
@@ -205,7 +203,7 @@ def start_front(server: ServerFolder, *, superlink_port: int, host: str = "0.0.0
     gateway = Gateway(upstream)
     config = uvicorn.Config(
         gateway,
-        http=_Impatient,  # h11 hands the target on as it came; httptools would tidy it first
+        http=Impatient,  # h11 hands the target on as it came; httptools would tidy it first
         ws="none",
         lifespan="off",
         log_config=None,
@@ -213,7 +211,7 @@ def start_front(server: ServerFolder, *, superlink_port: int, host: str = "0.0.0
         proxy_headers=False,
         server_header=False,
         limit_concurrency=_MAX_CONNECTIONS,
-        timeout_keep_alive=int(_IDLE_S),
+        timeout_keep_alive=int(Impatient.idle_s),  # a device calls every three seconds
         timeout_graceful_shutdown=_STOP_S,
         ssl_context_factory=lambda *_: _tls(server),
     )
@@ -221,36 +219,6 @@ def start_front(server: ServerFolder, *, superlink_port: int, host: str = "0.0.0
     front = Front(gateway, config, _listen(host, server.settings.port if port is None else port))
     front.start()
     return front
-
-
-class _Impatient(H11Protocol):
-    """Closes a connection that is slow to say what it asks; uvicorn waits for a request's head for ever."""
-
-    _head: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_head()
-        super().connection_lost(exc)
-
-    def _watch_head(self) -> None:
-        """Give a head that is awaited or half there its time, once."""
-        if self.conn.their_state is not h11.IDLE:
-            self._forget_head()
-        elif self._head is None:
-            self._head = self.loop.call_later(_IDLE_S, self.transport.abort)
-
-    def _forget_head(self) -> None:
-        if self._head is not None:
-            self._head.cancel()
-            self._head = None
 
 
 def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> _Headers:

@@ -756,6 +756,20 @@ def test_who_hangs_up_is_not_answered_further(folder, slowly, stream):
         assert slowly.made <= made + 2 + 3
 
 
+def test_who_holds_every_connection_and_says_nothing_is_cut_off(folder, monkeypatch):
+    monkeypatch.setattr("client.serve._Impatient.idle_s", 0.3)
+    app = build_app(open_models(folder / "ann", folder / "base"), token=TOKEN)
+    with running(app) as url, httpx.Client(trust_env=False) as transport, contextlib.ExitStack() as held:
+        place = ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+        for _ in range(100):
+            held.enter_context(socket.create_connection(place, timeout=5)).sendall(b"GET /v1/mod")
+
+        def asked():
+            return transport.get(f"{url}/models", headers={"Authorization": f"Bearer {TOKEN}"}).status_code
+
+        until(lambda: asked() == 200)
+
+
 def test_the_openai_package_talks_to_it(folder, slowly):
     app = build_app(open_models(folder / "ann", folder / "base"), token=TOKEN)
     with running(app) as url, httpx.Client(trust_env=False) as transport:

@@ -17,6 +17,7 @@ from server.front import MAX_BODY_BYTES, start_front
 from server.register import REGISTER_FILE
 from shared.errors import ServerError
 from shared.flower_control import fleet_paths
+from shared.impatience import Impatient
 
 CALL, PART = "/v1/fleet/pull-messages", "/v1/fleet/push-object"
 
@@ -292,14 +293,14 @@ def test_a_slow_body_is_not_waited_for(superlink, say, monkeypatch):
 
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/fl"])
 def test_a_connection_that_asks_nothing_is_closed(say, monkeypatch, begun):
-    monkeypatch.setattr(module, "_IDLE_S", 0.2)
+    monkeypatch.setattr(Impatient, "idle_s", 0.2)
     start = time.monotonic()
     assert say(begun) == b""
     assert 0.1 < time.monotonic() - start < 5
 
 
 def test_a_connection_may_wait_between_calls_but_not_within_one(front, trust, monkeypatch):
-    monkeypatch.setattr(module, "_IDLE_S", 0.2)
+    monkeypatch.setattr(Impatient, "idle_s", 0.2)
     with (
         socket.create_connection(("127.0.0.1", front.port), timeout=5) as raw,
         trust.wrap_socket(raw, server_hostname="localhost") as secured,
