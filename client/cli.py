@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from client.owner_cli import add_parsers, open_owner_home
+from client.owner_cli import add_parsers
+from client.place import open_owner_home
 from client.serve_cli import add_serve
 from client.service_cli import add_join
 from shared.errors import HeadError

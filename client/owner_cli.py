@@ -9,17 +9,14 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
-
 from client import source_cli
 from client.device_key import PUBLIC, make_device_key
 from client.owner_words import CAPS, history_lines, key_lines, offer_lines, plain, status_lines
+from client.place import default_home, open_owner_home
 from client.service_cli import service_line
 from shared.errors import DataError, LedgerError, StoreError
 
 if TYPE_CHECKING:
-    from client.home import Home
-
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 CAP_EPSILON, CAP_DELTA = 16.0, 1e-4
@@ -99,11 +96,6 @@ def add_parsers(commands: "Subparsers") -> None:
     )
 
 
-def default_home() -> Path:
-    """Where a home lies unless ``--home`` says otherwise."""
-    return platformdirs.user_data_path("sottovoce") / "home"
-
-
 def _add(
     commands: "Subparsers", name: str, handler: Callable[[argparse.Namespace], int], summary: str, epilog: str = ""
 ) -> argparse.ArgumentParser:
@@ -132,13 +124,6 @@ def _add_yes(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def open_owner_home(folder: Path | None) -> "Home":
-    """The home that ``--home`` names, or the default one."""
-    from client.home import open_home
-
-    return open_home(folder or default_home())
 
 
 def _say(*lines: str) -> None:

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.owner_cli import default_home, open_owner_home
+from client.place import default_home, open_owner_home
 from shared.errors import HeadError
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ def join_server(options: argparse.Namespace) -> int:
     Raises:
         SottovoceError: It cannot run.
     """
-    from client.owner_cli import open_owner_home
+    from client.place import open_owner_home
 
     home = open_owner_home(options.home)
     _need_train()

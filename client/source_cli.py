@@ -49,7 +49,7 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Name a folder, drop it, or show it."""
     from client.owner import choose_source, drop_source
-    from client.owner_cli import open_owner_home
+    from client.place import open_owner_home
     from client.sources import describe_source
 
     source = named(options.folder, options)

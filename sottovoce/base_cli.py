@@ -18,7 +18,7 @@ trusted at their consent. int8 is a quarter of the size and answers within the t
 
 def add_base(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``server base``."""
-    from sottovoce.server_cli import add_server_folder
+    from sottovoce.server_place import add_server_folder
 
     parser = actions.add_parser(
         "base",
@@ -37,7 +37,7 @@ def add_base(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def _base(options: argparse.Namespace) -> int:
-    from sottovoce.server_cli import opened_server
+    from sottovoce.server_place import opened_server
 
     server = None if options.key and Path(options.campaign).is_dir() else opened_server(options)
     named = server.campaigns / options.campaign if server else None

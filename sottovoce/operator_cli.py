@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from sottovoce.server_cli import add_server_folder, opened_server
+from sottovoce.server_place import add_server_folder, opened_server
 
 _ROLLBACK_EXAMPLE = """\
 example:

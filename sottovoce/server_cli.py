@@ -6,10 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
-
 from shared.errors import ServerError
 from sottovoce.policy_cli import add_targets, read_targets
+from sottovoce.server_place import add_server_folder, opened_server, server_folder
 
 if TYPE_CHECKING:
     from server.folder import ServerFolder
@@ -55,27 +54,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_base(actions)
     add_status(actions)
     add_rollback(actions)
-
-
-def add_server_folder(parser: argparse.ArgumentParser) -> None:
-    """The option that says which server is meant."""
-    parser.add_argument("--server", type=Path, metavar="DIR", help="the server's folder (default: the user's own)")
-
-
-def server_folder(options: argparse.Namespace) -> Path:
-    """The folder that the option ``--server`` names."""
-    return options.server or platformdirs.user_data_path("sottovoce") / "server"
-
-
-def opened_server(options: argparse.Namespace) -> "ServerFolder":
-    """The server that the option ``--server`` names.
-
-    Raises:
-        ServerError: There is none, or it is damaged.
-    """
-    from server.folder import open_server
-
-    return open_server(server_folder(options))
 
 
 def _add_init(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     from server.cost import campaign_cost, cost_lines
     from server.rounds import read_rounds
     from server.service import serve
-    from sottovoce.server_cli import opened_server
+    from sottovoce.server_place import opened_server
 
     server = opened_server(options)
     campaign = find_campaign(server, options.campaign)

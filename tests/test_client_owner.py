@@ -13,8 +13,8 @@ import pytest
 from client import consent, owner
 from client.forget import forget
 from client.home import open_home
-from client.owner_cli import default_home
 from client.owner_words import status_lines
+from client.place import default_home
 from client.verify import keep_head
 from shared.datasets.records import Record
 from shared.errors import LedgerError, StoreError
