@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 CAP_EPSILON, CAP_DELTA = 16.0, 1e-4
+_MEASURES = {"max_abs": "the largest difference", "rel_rms": "root mean square, as a share of the values"}
 _PLACES = """\
 example:
   sottovoce client init --keystore os --cap-epsilon 16
@@ -339,6 +340,6 @@ def _personalize(options: argparse.Namespace) -> int:
     _say(
         f"private head: version {done.version} is current, fitted to {done.records} records and "
         f"{done.shared}; it is encrypted and never leaves the device",
-        f"ONNX Runtime and torch agree within {done.parity:.2g}",
+        f"ONNX Runtime and torch agree within {done.parity:.2g} ({_MEASURES[done.measure]})",
     )
     return 0

@@ -71,13 +71,15 @@ class Personalized:
         version: Its number on the shelf.
         records: How many it was fitted to.
         shared: What shared arrays it stands on, in words.
-        parity: Largest difference between torch and the device's runtime.
+        parity: Difference between torch and the device's runtime.
+        measure: Of that difference: ``max_abs``, the largest, or ``rel_rms``, a share, on a base in 8 bits.
     """
 
     version: int
     records: int
     shared: str
     parity: float
+    measure: str
 
 
 def personalize(
@@ -138,7 +140,8 @@ def personalize(
     version = keep_head(home, files, about)
     home.heads().prune(_KEPT)
     shared = f"the shared part of round {round_number}" if round_number else "the campaign's public start"
-    return Personalized(version, len(targets), shared, json.loads(files[MANIFEST])["parity"]["max_abs"])
+    parity = json.loads(files[MANIFEST])["parity"]
+    return Personalized(version, len(targets), shared, parity[parity["measure"]], parity["measure"])
 
 
 def _spent(policy: Policy, standing: Standing) -> dict[str, Any]:

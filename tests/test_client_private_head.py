@@ -86,6 +86,7 @@ def test_the_head_is_the_one_the_simulation_measures(home, published, tiny_fleet
     assert (done.version, done.records) == (1, len(published.dataset.users[0].train))
     assert done.shared == "the shared part of round 1"
     assert done.parity <= 1e-4
+    assert done.measure == "max_abs"
     [version] = home.heads().versions()
     assert (version.campaign, version.round) == (published.campaign.policy.campaign, "1")
     privacy = found.manifest["privacy"]
