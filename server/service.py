@@ -18,7 +18,7 @@ from server.lock import alone
 from server.register import read_register
 from server.superlink import SuperLink
 from shared.campaign import Campaign
-from shared.errors import ServerError, SottovoceError
+from shared.errors import CampaignError, ServerError, SottovoceError
 from shared.files import write_atomically
 from shared.flower import metered
 from shared.flower_control import Control, Node, key_bytes
@@ -27,7 +27,7 @@ from shared.flower_tasks import Task, TaskError, Tasks
 _WATCH_S = 1.0
 _ATTEMPTS = 3  # of a round with too few good replies
 _PAUSE_S = 10.0  # between them
-_RUNS = 5  # of Flower's, for one campaign at a time
+_RUNS = 5  # of Flower's without a finished round
 _TASK_S = 60.0
 
 OnState = Callable[[str], object]
@@ -80,10 +80,11 @@ def serve(
         judge.begin()
         watch = _Watch(server, campaign)
         with watch.running(host=host):
-            left = _RUNS
+            left, before = _RUNS, -1
             while True:
-                left -= 1
                 start = last_checkpoint(checkpoints, policy_sha256=campaign.policy.sha256)
+                done = start.round_number if start else 0
+                left, before = _RUNS if done > before else left - 1, done
                 try:
                     with watch.run() as task:
                         return run_rounds(
@@ -97,7 +98,7 @@ def serve(
                             accept_seeded=accept_seeded,
                         )
                 except TaskError:  # Flower was away for long, or knows the run no more
-                    if not left:
+                    if not left > 1:
                         raise
                 on_state("Flower lost the run; another one goes on after the last finished round")
 
@@ -153,23 +154,37 @@ class _Watch:
                 task.finish(ok=ok)
 
     def _take_run(self) -> Task:
-        """Start a run and take its task; runs that a killed server left are ended first."""
+        """Start a run and take its task, as soon as Flower is there; runs that were left before are ended first."""
+        deadline = time.monotonic() + _TASK_S
+        while True:
+            try:
+                return self._take_task(self._start_run(), deadline)
+            except CampaignError:  # it is being started again
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_WATCH_S)
+
+    def _start_run(self) -> int:
         control = self._control()
         try:
             control.stop_runs()
-            run_id = control.start_run()
+            return control.start_run()
         finally:
             control.close()
+
+    def _take_task(self, run_id: int, deadline: float) -> Task:
         secret = self._server.executor_secret.read_bytes()
         tasks = Tasks(self._link.address, secret=secret, kind="server", root_certificates=self._certificates)
-        deadline = time.monotonic() + _TASK_S
-        while time.monotonic() < deadline:
-            task = tasks.take()
-            if task is not None and task.run.run_id == run_id:
-                return task
-            if task is not None:
-                task.close()
-            time.sleep(0.1)
+        try:
+            while time.monotonic() < deadline:
+                task = tasks.take()
+                if task is not None and task.run.run_id == run_id:
+                    return task
+                if task is not None:
+                    task.close()
+                time.sleep(0.1)
+        finally:
+            tasks.close()
         raise ServerError(f"Flower's SuperLink must hand out the run within {_TASK_S:.0f} s, it did not.")
 
     def wait_for_cohort(self, round_number: int, on_state: OnState) -> None:
@@ -197,12 +212,15 @@ class _Watch:
                 try:
                     self._link.keep_up()
                     self._follow_register()
-                except SottovoceError as error:  # Flower is away, or the register was altered: the rounds go on
+                except (SottovoceError, OSError) as error:  # Flower is away, or the register is: the rounds go on
                     self._problem = str(error)
                 self._write()
                 self._ready.set()
                 self._stop.wait(_WATCH_S)
         finally:
+            if not self._stop.is_set():
+                self._problem = "what keeps Flower up must run as long as the server, it ended."
+            self._ready.set()  # whoever waits for the start must not wait for ever
             self._link.stop()
 
     def _follow_register(self) -> None:

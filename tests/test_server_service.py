@@ -1,6 +1,7 @@
 """A running server follows its register, whatever Flower knew before."""
 
 import json
+import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 import server.service
 from server.folder import create_server
 from server.register import enrol, revoke
-from shared.errors import CampaignError
+from shared.errors import CampaignError, ServerError
 from shared.flower_control import Node, key_bytes
 from shared.flower_tasks import TaskError
 
@@ -134,7 +135,8 @@ def test_a_run_that_flower_loses_is_followed_by_another_from_the_last_checkpoint
     watch, starts, said = Interrupted(), [], []
     monkeypatch.setattr(server.service, "_Watch", lambda *_: watch)
     monkeypatch.setattr(server.service, "metered", lambda grid: grid)
-    monkeypatch.setattr(server.service, "last_checkpoint", lambda *_, **__: len(starts))
+    checkpoint = SimpleNamespace(round_number=0)
+    monkeypatch.setattr(server.service, "last_checkpoint", lambda *_, **__: checkpoint)
 
     def rounds(grid, campaign, *, start, **_):
         starts.append(start)
@@ -150,5 +152,50 @@ def test_a_run_that_flower_loses_is_followed_by_another_from_the_last_checkpoint
             server.service.serve(folder, campaign, judge=judge, on_state=said.append)
         return
     assert server.service.serve(folder, campaign, judge=judge, on_state=said.append) == "done"
-    assert starts == list(range(lost + 1))  # each from what was on disk then
+    assert starts == [checkpoint] * (lost + 1)  # each from what was on disk then
     assert len(said) == lost
+
+
+def test_runs_are_lost_for_good_only_where_no_round_is_finished_between(folder, tmp_path, monkeypatch):
+    rounds, done = iter([TaskError("away")] * 12 + ["done"]), iter(range(100))
+    monkeypatch.setattr(server.service, "_Watch", Interrupted)
+    monkeypatch.setattr(server.service, "metered", lambda grid: grid)
+    monkeypatch.setattr(
+        server.service, "last_checkpoint", lambda *_, **__: SimpleNamespace(round_number=next(done) // 2)
+    )
+
+    def run_rounds(*_, **__):
+        found = next(rounds)
+        if isinstance(found, TaskError):
+            raise found
+        return found
+
+    monkeypatch.setattr(server.service, "run_rounds", run_rounds)
+    campaign = SimpleNamespace(folder=tmp_path, policy=SimpleNamespace(sha256="p"))
+    assert server.service.serve(folder, campaign, judge=SimpleNamespace(begin=lambda: None)) == "done"
+
+
+def test_a_run_waits_for_a_superlink_that_is_being_started_again(watch, link, monkeypatch):
+    monkeypatch.setattr(server.service, "_WATCH_S", 0.01)
+    tries = iter([CampaignError("away"), CampaignError("away"), 7])
+
+    def start_run():
+        found = next(tries)
+        if isinstance(found, CampaignError):
+            raise found
+        return found
+
+    link.stop_runs, link.start_run = lambda: None, start_run
+    monkeypatch.setattr(watch, "_take_task", lambda run_id, deadline: run_id)
+    assert watch._take_run() == 7
+
+
+def test_a_watch_that_dies_at_the_start_is_an_error_and_not_a_wait(watch, monkeypatch):
+    def die():
+        raise RuntimeError("of a kind nobody foresaw")
+
+    watch._link.keep_up, watch._link.stop = die, lambda: None
+    monkeypatch.setattr(server.service, "start_front", lambda *_, **__: SimpleNamespace(counts=dict, stop=lambda: None))
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    with pytest.raises(ServerError, match="it ended"), watch.running(host="127.0.0.1"):
+        time.sleep(0.5)
