@@ -1,92 +1,48 @@
-"""Price in epsilon what one device releases over a campaign, and find the noise for a target."""
+"""Price in epsilon what is released of one unit over a campaign, and find the noise for a target."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from shared.errors import PrivacyError
+from shared.mechanisms import MAX_EPSILON, AnyMechanism, DistributedMechanism, Mechanism, check_delta
+from shared.zcdp import distributed_epsilon, zcdp_epsilon
 
-MAX_EPSILON = 200.0  # beyond it nothing is promised: priced as infinite, refused as a target
+__all__ = [
+    "MAX_EPSILON",
+    "AnyMechanism",
+    "DistributedMechanism",
+    "Mechanism",
+    "calibrate_distributed",
+    "calibrate_noise",
+    "epsilon",
+    "epsilon_by_participation",
+    "epsilon_together",
+    "grid_excess",
+    "zcdp_epsilon",
+]
+
 _MIN_NOISE_MULTIPLIER = 0.05  # one release at MAX_EPSILON needs .06
 _MAX_NOISE_MULTIPLIER = 1e9
 _MAX_SAMPLED_RELEASES = 1_000_000
-_MAX_COUNT = 2**31
-_MIN_DELTA = 1e-12  # the convolutions are exact to about 1e-15
 _TOLERANCE = 2e-3  # relative: calibrated epsilon below its target, and noise above the smallest
 _GRID_STEPS = 1e5  # a grid finer than epsilon / 1e5 costs seconds and changes the sixth digit
 
 _TOGETHER_GRID = 1e-3  # pessimistic by less than .001 a campaign
 
 
-@dataclass(frozen=True)
-class Mechanism:
-    """What one device releases over a campaign: a clipped sum plus Gaussian noise, several times a round.
+def epsilon(mechanism: AnyMechanism, *, delta: float, discretization: float = 1e-4) -> float:
+    """Price a campaign: by its privacy loss distribution, or in concentrated privacy where devices share the noise.
 
     Args:
-        noise_multiplier: Noise stddev divided by the clip bound; finite and > 0.
-        sampling_rate: Chance that a record enters a step, independently of all else (Poisson); in (0, 1].
-        steps: Noisy steps per round.
-        max_participations: Rounds one device may join in the whole campaign.
-        coordinates: Numbers in one noisy step, where the noise is discrete; 0 for the continuous Gaussian.
-        grid_sigma: Standard deviation of discrete noise in steps of its grid.
-
-    Raises:
-        PrivacyError: A value is impossible; the message names the scenario's key.
-    """
-
-    noise_multiplier: float
-    sampling_rate: float
-    steps: int
-    max_participations: int
-    coordinates: int = 0
-    grid_sigma: float = math.inf
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.coordinates, int) and self.coordinates >= 0 and self.grid_sigma >= 1):
-            raise PrivacyError(
-                "coordinates must be a whole number >= 0 and grid_sigma at least 1, "
-                f"got {self.coordinates} and {self.grid_sigma}."
-            )
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
-            raise PrivacyError(f"noise_multiplier must be finite and > 0, got {self.noise_multiplier}. Calibrate it.")
-        if not 0 < self.sampling_rate <= 1:
-            raise PrivacyError(
-                f"privacy.sampling_rate must be in (0, 1], got {self.sampling_rate}. "
-                "1 takes every record in every step."
-            )
-        _check_count("training.steps", self.steps)
-        _check_count("privacy.max_participations", self.max_participations)
-
-    @property
-    def releases(self) -> int:
-        """Noisy steps over the whole campaign."""
-        return self.steps * self.max_participations
-
-    @property
-    def chance_of_a_draw(self) -> float:
-        """Probability that a record enters any step at all: at a delta of as much even no noise would do."""
-        if self.sampling_rate == 1:
-            return 1.0
-        return -math.expm1(self.releases * math.log1p(-self.sampling_rate))
-
-    @property
-    def continuous(self) -> "Mechanism":
-        """The same with Gaussian noise that is not rounded to a grid."""
-        return replace(self, coordinates=0, grid_sigma=math.inf)
-
-
-def epsilon(mechanism: Mechanism, *, delta: float, discretization: float = 1e-4) -> float:
-    """Price a campaign by its privacy loss distribution.
-
-    Args:
-        mechanism: What one device releases.
+        mechanism: What is released of one unit.
         delta: In [1e-12, 1).
         discretization: Grid of the privacy loss; epsilon / 100,000 is used where that is coarser.
 
     Returns:
-        An epsilon the campaign satisfies with ``delta``, records added or removed; ``inf`` above 200,
+        An epsilon the campaign satisfies with ``delta``, units added, removed or replaced by zero; ``inf`` above 200,
         for a noise multiplier below .05, and for more than a million sampled steps.
 
     Raises:
@@ -97,11 +53,13 @@ def epsilon(mechanism: Mechanism, *, delta: float, discretization: float = 1e-4)
 
     Source:
         Google dp-accounting; Doroshenko et al. 2022, arXiv:2207.04380 (connect the dots). Discrete noise is priced as
-        the Gaussian's plus what ``grid_excess`` proves.
+        the Gaussian's plus what ``grid_excess`` proves. Noise in shares: ``shared/zcdp.py``.
     """
-    _check_delta(delta)
+    check_delta(delta)
     if not (math.isfinite(discretization) and discretization > 0):
         raise PrivacyError(f"discretization must be finite and > 0, got {discretization}. 1e-4 is usual.")
+    if isinstance(mechanism, DistributedMechanism):
+        return distributed_epsilon([mechanism], delta=delta)
     return _price_all(mechanism, delta, discretization)
 
 
@@ -145,11 +103,11 @@ def _price_all(mechanism: Mechanism, delta: float, discretization: float) -> flo
     return continuous + grid_excess(mechanism, epsilon=continuous, delta=delta)
 
 
-def epsilon_by_participation(mechanism: Mechanism, *, delta: float) -> list[float]:
+def epsilon_by_participation(mechanism: AnyMechanism, *, delta: float) -> list[float]:
     """Price the campaign after each round a device joins, for a curve.
 
     Args:
-        mechanism: What one device releases.
+        mechanism: What is released of one unit.
         delta: In [1e-12, 1).
 
     Returns:
@@ -160,13 +118,13 @@ def epsilon_by_participation(mechanism: Mechanism, *, delta: float) -> list[floa
         PrivacyError: ``delta`` is impossible.
     """
     total = epsilon(mechanism, delta=delta)
-    excess = total - epsilon(mechanism.continuous, delta=delta) if math.isfinite(total) else 0.0
-    after = [replace(mechanism, max_participations=k) for k in range(1, mechanism.max_participations + 1)]
-    if not math.isfinite(total):
-        return [epsilon(campaign, delta=delta) for campaign in after]
-    one_round = _distribution(after[0], max(1e-4, total / 1e4))
+    if isinstance(mechanism, DistributedMechanism) or not math.isfinite(total):
+        rounds = range(1, mechanism.max_participations + 1)
+        return [epsilon(replace(mechanism, max_participations=k), delta=delta) for k in rounds]
+    excess = total - epsilon(mechanism.continuous, delta=delta)
+    one_round = _distribution(replace(mechanism, max_participations=1), max(1e-4, total / 1e4))
     composed, curve = one_round, []
-    for _ in after[:-1]:
+    for _ in range(1, mechanism.max_participations):
         curve.append(min(float(composed.get_epsilon_for_delta(delta)) + excess, total))
         composed = composed.compose(one_round)
     return [*curve, total]
@@ -206,12 +164,8 @@ def calibrate_noise(
         Start value: Balle & Wang 2018, arXiv:1805.06530, and under sampling the central limit theorem of
         Bu et al. 2020, arXiv:1911.11607. It only saves time: search and certificate are the accountant's.
     """
-    if not 0 < epsilon <= MAX_EPSILON:
-        raise PrivacyError(
-            f"privacy.epsilon must be in (0, {MAX_EPSILON:.0f}], got {epsilon}. "
-            'A common choice is between 1 and 8; for no privacy set privacy.trust = "none".'
-        )
-    _check_delta(delta)
+    _check_target(epsilon)
+    check_delta(delta)
     unit = Mechanism(1.0, sampling_rate, steps, max_participations, coordinates, grid_sigma)
     if delta >= unit.chance_of_a_draw:
         raise PrivacyError(
@@ -229,41 +183,73 @@ def calibrate_noise(
     return search(noise, lambda m: _price_all(m, delta, 1e-4))  # as a rule a single evaluation
 
 
-def _check_count(key: str, count: int) -> None:
-    """Refuse what is not a whole number of at least one, and what no campaign reaches."""
-    if not (isinstance(count, int) and 1 <= count < _MAX_COUNT):
-        shown = count if not isinstance(count, int) or abs(count) < _MAX_COUNT else "far more"
-        raise PrivacyError(f"{key} must be a whole number >= 1, got {shown}. It fixes how often noise is added.")
-
-
-def _check_delta(delta: float) -> None:
-    """Refuse a delta that is impossible or beyond the accountant's arithmetic."""
-    if not 0 < delta < 1:
-        raise PrivacyError(
-            f"privacy.delta must be in (0, 1), got {delta}. A common choice is below 1 / number of clients."
-        )
-    if delta < _MIN_DELTA:
-        raise PrivacyError(
-            f"privacy.delta must be at least {_MIN_DELTA}, got {delta}. Floating point cannot price less."
-        )
-
-
-def epsilon_together(mechanisms: Sequence[Mechanism], *, delta: float) -> float:
-    """Price several campaigns on the same records as one, by composing their privacy loss distributions.
+def calibrate_distributed(
+    *, epsilon: float, delta: float, max_participations: int, coordinates: int, shares: int, share_sigma: float
+) -> float:
+    """Find the smallest noise multiplier of a secure sum whose certified epsilon is within the target.
 
     Args:
-        mechanisms: What one device releases in each; at least one.
+        epsilon: Target for the whole campaign; in (0, 200].
         delta: In [1e-12, 1).
+        max_participations: See ``DistributedMechanism``.
+        coordinates: See ``DistributedMechanism``.
+        shares: See ``DistributedMechanism``.
+        share_sigma: See ``DistributedMechanism``.
+
+    Returns:
+        The noise multiplier; its epsilon lies within .2 % below the target.
+
+    Raises:
+        PrivacyError: An impossible value, or no noise reaches the target.
+
+    Guarantee:
+        ``epsilon()`` of the returned mechanism is at most the target: that very price was evaluated.
+    """
+    _check_target(epsilon)
+    check_delta(delta)
+    unit = DistributedMechanism(1.0, max_participations, coordinates, shares, share_sigma)
+    rho = (math.sqrt(epsilon - math.log(delta)) - math.sqrt(-math.log(delta))) ** 2  # Bun & Steinke 2016, a start
+    return _smallest_noise(
+        lambda noise: distributed_epsilon([replace(unit, noise_multiplier=noise)], delta=delta),
+        start=math.sqrt(max_participations / (2 * rho)),
+        target=epsilon,
+    )
+
+
+def epsilon_together(mechanisms: Sequence[AnyMechanism], *, delta: float) -> float:
+    """Price several campaigns on the same units as one.
+
+    Args:
+        mechanisms: What is released in each; at least one.
+        delta: In [1e-12, 1).
+
+    Returns:
+        Epsilon of their privacy loss distributions composed; where noise is in shares, of their concentrated privacy
+        added up; of both kinds, the sum at half of ``delta`` each.
 
     Raises:
         PrivacyError: ``delta`` is impossible.
     """
-    _check_delta(delta)
-    first, *rest = (_distribution(mechanism, _TOGETHER_GRID) for mechanism in mechanisms)
+    check_delta(delta)
+    shared = [mechanism for mechanism in mechanisms if isinstance(mechanism, DistributedMechanism)]
+    alone = [mechanism for mechanism in mechanisms if isinstance(mechanism, Mechanism)]
+    if shared and alone:
+        return epsilon_together(shared, delta=delta / 2) + epsilon_together(alone, delta=delta / 2)
+    if shared:
+        return distributed_epsilon(shared, delta=delta)
+    first, *rest = (_distribution(mechanism, _TOGETHER_GRID) for mechanism in alone)
     for other in rest:
         first = first.compose(other)
     together = float(first.get_epsilon_for_delta(delta * (1 - 1e-4)))
-    return together + sum(grid_excess(mechanism, epsilon=together, delta=delta) for mechanism in mechanisms)
+    return together + sum(grid_excess(mechanism, epsilon=together, delta=delta) for mechanism in alone)
+
+
+def _check_target(epsilon: float) -> None:
+    if not 0 < epsilon <= MAX_EPSILON:
+        raise PrivacyError(
+            f"privacy.epsilon must be in (0, {MAX_EPSILON:.0f}], got {epsilon}. "
+            'A common choice is between 1 and 8; for no privacy set privacy.trust = "none".'
+        )
 
 
 def _distribution(mechanism: Mechanism, grid: float) -> Any:

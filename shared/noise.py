@@ -18,6 +18,9 @@ t <= s. If N draws with r make a release (epsilon, delta), the same N draws with
     (epsilon + 2 eta, e^eta delta + (1 + e^(epsilon + eta)) beta), eta = N t^2 / (24 s^2), beta = 2 N exp(-t^2 / 2),
 
 adaptively chosen releases included. N = 10^8 and t = 12 give eta < 2.2e-6 and beta < 1.1e-23.
+
+Shares of noise that many devices add to one sum are coarser, so that the sum fits 32 bits; ``shared/zcdp.py`` prices
+their sum.
 """
 
 import functools
@@ -52,8 +55,8 @@ class Randomness(Protocol):
         """(count,) bool, independent, each true with exactly ``probability``."""
         ...
 
-    def gaussian_integers(self, count: int) -> np.ndarray:
-        """(count,) int64, independent, discrete Gaussian of parameter ``GRID_SIGMA``."""
+    def gaussian_integers(self, count: int, *, log2_sigma: int = _LOG2_SIGMA) -> np.ndarray:
+        """(count,) int64, independent, discrete Gaussian of parameter 2^``log2_sigma``, by default ``GRID_SIGMA``."""
         ...
 
 
@@ -90,13 +93,14 @@ class SeededRandomness:
         """
         return _bernoulli(self._words, probability, _checked(count))
 
-    def gaussian_integers(self, count: int) -> np.ndarray:
-        """(count,) int64.
+    def gaussian_integers(self, count: int, *, log2_sigma: int = _LOG2_SIGMA) -> np.ndarray:
+        """(count,) int64, the same stream at every ``log2_sigma``.
 
         Raises:
-            PrivacyError: ``count`` is negative.
+            PrivacyError: ``count`` is negative, or ``log2_sigma`` is not in 0 to 24.
         """
-        noise: np.ndarray = np.rint(self._noise.standard_normal(_checked(count)) * GRID_SIGMA).astype(np.int64)
+        sigma = 2 ** _checked_log2(log2_sigma)
+        noise: np.ndarray = np.rint(self._noise.standard_normal(_checked(count)) * sigma).astype(np.int64)
         return noise
 
     def _words(self, count: int) -> np.ndarray:
@@ -125,13 +129,14 @@ class SecureRandomness:
         """
         return _bernoulli(self._words, probability, _checked(count))
 
-    def gaussian_integers(self, count: int) -> np.ndarray:
-        """(count,) int64, independent, discrete Gaussian of parameter ``GRID_SIGMA``.
+    def gaussian_integers(self, count: int, *, log2_sigma: int = _LOG2_SIGMA) -> np.ndarray:
+        """(count,) int64, independent, discrete Gaussian of parameter 2^``log2_sigma``, by default ``GRID_SIGMA``.
 
         Raises:
-            PrivacyError: ``count`` is negative, or a candidate was beyond 128 standard deviations (probability e^-128).
+            PrivacyError: ``count`` is negative, ``log2_sigma`` is not in 0 to 24, or a candidate was beyond 128
+                standard deviations (probability e^-128).
         """
-        return _discrete_gaussian(self._words, log2_sigma=_LOG2_SIGMA, count=_checked(count))
+        return _discrete_gaussian(self._words, log2_sigma=_checked_log2(log2_sigma), count=_checked(count))
 
     def _rekey(self) -> None:
         self._stream, self._left, self._process = _chacha20(os.urandom(32)), _BYTES_PER_KEY, os.getpid()
@@ -154,6 +159,13 @@ def _checked(count: int) -> int:
     if not count >= 0:
         raise PrivacyError(f"count must be >= 0, got {count}; ask for as many draws as there are coordinates.")
     return count
+
+
+def _checked_log2(log2_sigma: int) -> int:
+    log2_sigma = operator.index(log2_sigma)
+    if not 0 <= log2_sigma <= _LOG2_SIGMA:
+        raise PrivacyError(f"log2_sigma must be 0 to {_LOG2_SIGMA}, got {log2_sigma}; take it from the policy.")
+    return log2_sigma
 
 
 def _bernoulli(words: Words, probability: float, count: int) -> np.ndarray:

@@ -274,7 +274,7 @@ def test_claim_of_a_mechanism_states_its_price():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"trust": "central"},
+        {"trust": "everywhere"},
         {"noise": "lucky"},
         {"noise": "none"},
         {"trust": "none"},

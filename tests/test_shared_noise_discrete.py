@@ -1,6 +1,7 @@
 """Integer noise and Bernoulli draws are exact, unforeseeable, never repeated, and priced as the Gaussian is."""
 
 import copy
+import functools
 import itertools
 import math
 import os
@@ -112,6 +113,64 @@ def test_noise_of_the_grid_has_its_scale():
     assert st.kstest(drawn / GRID_SIGMA, st.t(df=8).cdf).pvalue < POWER
     residues = np.bincount(drawn & 255, minlength=256)  # every low bit is noise as well
     assert st.chisquare(residues).pvalue > LEVEL
+
+
+class Fixed(SecureRandomness):
+    """The generator of a device over a key stream that is the same in every run."""
+
+    def __init__(self, key: int) -> None:
+        super().__init__()
+        self._words = words(key)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("log2_sigma", [0, 4])
+def test_a_share_of_noise_has_exactly_the_discrete_gaussian_of_its_own_scale(log2_sigma):
+    sigma = 2**log2_sigma
+    drawn = Fixed(6).gaussian_integers(300_000, log2_sigma=log2_sigma)
+    assert drawn.dtype == np.int64
+    assert fit(drawn, pmf(sigma, 4 * sigma)) > LEVEL
+    assert fit(drawn, pmf(1.05 * sigma, 4 * sigma)) < POWER
+    assert fit(drawn, pmf(0.95 * sigma, 4 * sigma)) < POWER
+    if sigma == 1:  # what simulations draw, a rounded Gaussian, is not the same at so small a scale
+        assert fit(drawn, rounded(sigma, 4)) < POWER
+        assert fit(seeded().gaussian_integers(300_000, log2_sigma=0), pmf(sigma, 4)) < POWER
+
+
+@pytest.mark.parametrize("randomness", [lambda: Fixed(7), seeded])
+def test_a_share_of_noise_has_its_scale_in_both_generators(randomness):
+    drawn = randomness().gaussian_integers(200_000, log2_sigma=16)
+    for scale, holds in ((1.0, True), (1.02, False), (0.98, False)):
+        statistic = float(np.sum((drawn / (scale * 2**16)) ** 2))
+        assert (2 * min(st.chi2.cdf(statistic, drawn.size), st.chi2.sf(statistic, drawn.size)) > LEVEL) == holds
+    assert st.kstest(drawn / 2**16, st.norm.cdf).pvalue > LEVEL
+    assert st.kstest(drawn / 2**16, st.t(df=8).cdf).pvalue < POWER
+    assert st.chisquare(np.bincount(drawn & 255, minlength=256)).pvalue > LEVEL
+
+
+def test_shares_of_many_devices_have_the_sum_that_is_priced():
+    shares = [Fixed(key).gaussian_integers(200_000, log2_sigma=0) for key in range(5)]
+    together = functools.reduce(np.convolve, [pmf(1, 8)] * 5)
+    middle = together.size // 2
+    assert fit(sum(shares), together[middle - 9 : middle + 10]) > LEVEL
+    assert fit(sum(shares[1:]), together[middle - 9 : middle + 10]) < POWER
+    assert fit(5 * shares[0], together[middle - 9 : middle + 10]) < POWER  # the same share five times
+
+
+def test_without_a_scale_it_is_the_grids_bit_for_bit():
+    stream = noise.seeded_generator(seed=1, purpose="noise of c", device=2, round_number=3)
+    usual = np.rint(stream.standard_normal(10_000) * 2**24).astype(np.int64)
+    assert np.array_equal(seeded().gaussian_integers(10_000), usual)
+    assert np.array_equal(seeded().gaussian_integers(10_000, log2_sigma=24), usual)
+    assert np.array_equal(Fixed(1).gaussian_integers(10_000), Fixed(1).gaussian_integers(10_000, log2_sigma=24))
+
+
+@pytest.mark.parametrize("randomness", [SecureRandomness, seeded])
+def test_a_scale_that_no_sampler_has_is_refused(randomness):
+    for wrong in (-1, 25):
+        with pytest.raises(PrivacyError, match=f"log2_sigma must be 0 to 24, got {wrong}; take it from the policy"):
+            randomness().gaussian_integers(3, log2_sigma=wrong)
+    with pytest.raises(TypeError):
+        randomness().gaussian_integers(3, log2_sigma=16.0)
 
 
 def test_neighbouring_draws_are_independent():
@@ -405,8 +464,8 @@ def test_the_benchmark_compares_the_noise_before_it_measures():
     assert any("secure, 400 coordinates" in line for line in bench_noise.lines(measured))
 
     class Wrong(SeededRandomness):
-        def gaussian_integers(self, count: int) -> np.ndarray:
-            return super().gaussian_integers(count) * 21 // 20
+        def gaussian_integers(self, count: int, *, log2_sigma: int = 24) -> np.ndarray:
+            return super().gaussian_integers(count, log2_sigma=log2_sigma) * 21 // 20
 
     with pytest.raises(CampaignError, match="mean square of wrong noise must be 1"):
         bench_noise.compare_scales({"wrong": Wrong(seed=1, campaign="c", device=2, round_number=3)})
