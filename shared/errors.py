@@ -29,6 +29,10 @@ class TooFewRepliesError(CampaignError):
     """A round got fewer good replies than it needs; it may be asked for again."""
 
 
+class VoidRoundError(TooFewRepliesError):
+    """Too few contributions to a secure sum: it was not opened, and its round's number is not asked for again."""
+
+
 class ServerError(SottovoceError):
     """A server cannot be made, opened or run: a damaged folder or register, a wrong key, a port in use."""
 
@@ -63,4 +67,18 @@ class RefusedError(SottovoceError):
 
     def __init__(self, code: str) -> None:
         super().__init__(f"the device refused the request: {code}")
+        self.code = code
+
+
+class SecureSumError(SottovoceError):
+    """A secure sum stops, for a device or for the round; nothing of anybody is revealed by stopping.
+
+    Args:
+        text: What must hold, what was found, what to do.
+        code: ``MALFORMED`` (not a message of the protocol), ``STAGE`` (out of order, or a second time), ``ROSTER``,
+            ``PARCELS``, ``UNMASK`` (what the other side sent at that stage is refused), or ``TOO_FEW`` (devices).
+    """
+
+    def __init__(self, text: str, *, code: str) -> None:
+        super().__init__(text)
         self.code = code

@@ -159,6 +159,12 @@ def ledgers():
 
 
 @pytest.fixture(scope="session")
+def sums():
+    """The module ``tests/secure_sums.py``: whole secure sums in one process."""
+    return _load("secure_sums")
+
+
+@pytest.fixture(scope="session")
 def invented():
     """The module ``tests/invented.py``: run folders made up by formula."""
     return _load("invented")
@@ -226,6 +232,17 @@ def published(homes, tiny_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     changes = ("privacy.max_participations=2", "federation.cohort_size=2")
     return homes.publish(tiny_world(folder), folder, overrides=changes)
+
+
+@pytest.fixture(scope="session")
+def hiding_users(homes, tiny_world, tmp_path_factory):
+    """Trust -> a signed campaign over the tiny base that hides users; for all who only read it."""
+
+    def made(trust):
+        folder = tmp_path_factory.mktemp(trust)
+        return homes.publish(tiny_world(folder), folder, overrides=("privacy.unit=user", f"privacy.trust={trust}"))
+
+    return {trust: made(trust) for trust in ("central", "distributed")}
 
 
 @pytest.fixture(scope="session")
