@@ -1,25 +1,33 @@
-"""The device's Flower ClientApp: check the request, spend, train, reply."""
+"""The device's Flower ClientApp: check the request, spend, train, reply; and the stages of a secure sum around it."""
 
 import logging
 import time
 from collections.abc import Callable
 
+import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.contribution import contribute
 from client.device import Device, find_device, forget_workbenches
 from client.log import describe_error, note
+from client.secure_round import advertise, mask, share, unmask
 from client.train import train_shared
 from shared import wire
-from shared.adapter import within_bound
-from shared.errors import CampaignError, LedgerError, PrivacyError, RefusedError, StoreError
+from shared.adapter import Arrays, within_bound
+from shared.campaign import Campaign
+from shared.errors import CampaignError, LedgerError, PrivacyError, RefusedError, SecureSumError, StoreError
 from shared.flower import answer_seat
-from shared.policy import Policy
+from shared.noise import Randomness
+from shared.policy import SUM, Policy
 
 app = ClientApp()
 
 
 @app.train()
+@app.query("secure_keys")
+@app.query("secure_shares")
+@app.query("secure_unmask")
 def train(message: Message, context: Context) -> Message:
     """Answer one request."""
     return answer(message, context)
@@ -34,9 +42,14 @@ def answer(message: Message, context: Context, *, find: Callable[[Context], Devi
         find: Whose device this is; a resident executor knows it without asking the context.
     """
     try:
-        content = _train(message, find(context))
+        handler = _HANDLERS.get(message.metadata.message_type)
+        if handler is None:
+            raise RefusedError("SCHEMA")
+        content = handler(message, find(context))
     except RefusedError as refusal:
         content = _refuse(refusal.code, refusal)
+    except SecureSumError as error:
+        content = _refuse(_SECURE_SUM.get(error.code, error.code), error)
     except LedgerError as error:
         content = _refuse(error.code, error)
     except StoreError as error:
@@ -60,10 +73,13 @@ def _train(message: Message, device: Device) -> RecordDict:
         campaign = device.accepted(_named_policy(message.content))
         policy = campaign.policy
         request = _check(message.content, policy)
+        if device.masks(campaign):
+            device.kept(campaign, request.round_number)  # or nothing could hide what the round would cost
         update = device.spend(campaign, request)
         if update is None:
             started = time.perf_counter()
             bench, features, targets = device.records(campaign)
+            randomness = device.randomness(campaign, request.round_number)
             try:
                 update = train_shared(
                     bench.module,
@@ -72,17 +88,53 @@ def _train(message: Message, device: Device) -> RecordDict:
                     targets,
                     policy=policy,
                     micro_batch=device.micro_batch(campaign),
-                    randomness=device.randomness(campaign, request.round_number),
+                    randomness=randomness,
                 )
             except BaseException:
                 forget_workbenches()  # the head may hold half a batch's gradients: the next device gets a new one
                 raise
+            if policy.unit == "user" and policy.trust != "none":
+                update = {SUM: _for_sum(update, request, campaign, device, randomness)}
             bench.busy_s += time.perf_counter() - started
             device.release(campaign, request, update)
     reply = wire.pack_reply(update, round_number=request.round_number, policy_sha256=policy.sha256)
-    if wire.reply_fields(reply) != policy.reply_fields:
+    return _checked(reply, policy, device)
+
+
+def _for_sum(
+    change: Arrays, request: wire.Request, campaign: Campaign, device: Device, randomness: Randomness
+) -> np.ndarray:
+    """A change as the server may see it: clipped, in integers, and under ``distributed`` noised and masked."""
+    whole = contribute(change, policy=campaign.policy, randomness=randomness)
+    if device.masks(campaign):
+        return mask(whole, request, campaign, device)
+    return whole.astype(campaign.policy.reply_slots()[0].dtype)  # modulo 2^32 where a ring is wanted
+
+
+def _checked(reply: RecordDict, policy: Policy, device: Device) -> RecordDict:
+    """A reply that holds what the policy names and nothing else."""
+    if not set(wire.reply_fields(reply)) <= set(policy.reply_fields):
         raise RefusedError("POLICY")
     return wire.stamp_seeded(reply) if device.foreseeable else reply
+
+
+def _stage(step: Callable[[bytes, int, Campaign, Device], bytes]) -> Callable[[Message, Device], RecordDict]:
+    """Answer a message of a secure sum's stage; no record is read for it."""
+
+    def respond(message: Message, device: Device) -> RecordDict:
+        try:
+            body, round_number, policy_sha256 = wire.unpack_stage(message.content)
+        except wire.MalformedError:
+            raise RefusedError("SCHEMA") from None
+        with device.alone():
+            campaign = device.accepted(policy_sha256)
+            if not device.masks(campaign):
+                raise RefusedError("POLICY")
+            answered = step(body, round_number, campaign, device)
+        reply = wire.pack_stage(answered, round_number=round_number, policy_sha256=policy_sha256)
+        return _checked(reply, campaign.policy, device)
+
+    return respond
 
 
 def _named_policy(content: RecordDict) -> str:
@@ -103,6 +155,15 @@ def _check(content: RecordDict, policy: Policy) -> wire.Request:
     if not within_bound(request.arrays):
         raise RefusedError("ARRAYS")
     return request
+
+
+_HANDLERS = {
+    "train": _train,
+    wire.SECURE_KEYS: _stage(advertise),
+    wire.SECURE_SHARES: _stage(share),
+    wire.SECURE_UNMASK: _stage(unmask),
+}
+_SECURE_SUM = {"TOO_FEW": "ROSTER", "MALFORMED": "SCHEMA"}  # codes of its own that a server is told as others
 
 
 @app.query("seat")

@@ -3,12 +3,12 @@
 Needs what trains: the price is certified here.
 """
 
-import math
 import shutil
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safetensors.numpy import save
 
@@ -18,6 +18,7 @@ from client.private_files import disk_errors, private_folder, write_private
 from shared.campaign import Campaign, verify_campaign
 from shared.errors import CampaignError, LedgerError, PrivacyError
 from shared.files import flush_folder
+from shared.policy import Policy, SecureSum
 from shared.signing import fingerprint
 
 _FILES = ("scenario.json", "policy.json", "policy.sig", "start.safetensors")
@@ -29,7 +30,9 @@ class Offer:
 
     Attributes:
         operator: Fingerprint of the key that signed it.
+        secure_sum: Under trust ``distributed``, on what it rests.
         rounds: Of the whole campaign; this device joins at most ``max_participations``.
+        cohort_size: Devices asked in one.
         payload_bytes: What leaves the device in one round, as ``history`` counts it.
         left_epsilon: Of the owner's cap, after this consent.
         left_delta: Likewise.
@@ -41,9 +44,12 @@ class Offer:
     task: str
     unit: str
     relation: str
+    trust: str
+    secure_sum: SecureSum | None
     epsilon: float
     delta: float
     rounds: int
+    cohort_size: int
     max_participations: int
     added_records: str
     reply_fields: tuple[str, ...]
@@ -87,14 +93,17 @@ def examine_offer(home: Home, folder: Path, *, operator: Ed25519PublicKey, until
         task=campaign.scenario.task.name,
         unit=policy.unit,
         relation=policy.relation,
+        trust=policy.trust,
+        secure_sum=policy.secure_sum,
         epsilon=policy.epsilon,
         delta=policy.delta,
         rounds=policy.rounds,
+        cohort_size=policy.cohort_size,
         max_participations=policy.max_participations,
         added_records=policy.added_records,
         reply_fields=policy.reply_fields,
-        numbers=sum(math.prod(shape) for _, shape in policy.slots),
-        payload_bytes=_payload_bytes(campaign),
+        numbers=policy.size,
+        payload_bytes=_payload_bytes(policy),
         extensions=policy.extensions,
         until=until,
         left_epsilon=left_epsilon,
@@ -102,11 +111,28 @@ def examine_offer(home: Home, folder: Path, *, operator: Ed25519PublicKey, until
     )
 
 
-def _payload_bytes(campaign: Campaign) -> int:
-    return len(save({slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}))
+def _payload_bytes(policy: Policy) -> int:
+    return len(save({slot.name: np.zeros(slot.shape, slot.dtype) for slot in policy.reply_slots()}))
 
 
-def agree(home: Home, folder: Path, *, operator: Ed25519PublicKey, until: date, shown: str | None = None) -> Campaign:
+def check_trust(offer: Offer, *, trust_server: bool) -> None:
+    """Raise ``PrivacyError`` where a campaign lets the server see what is not noised, unless the owner wants that."""
+    if offer.trust == "central" and not trust_server:
+        raise PrivacyError(
+            "a campaign of trust 'central' must be agreed to with --trust-server, it was not given: the server would "
+            "see this device's change without noise and only promises to add it to the sum. Nothing was changed."
+        )
+
+
+def agree(
+    home: Home,
+    folder: Path,
+    *,
+    operator: Ed25519PublicKey,
+    until: date,
+    shown: str | None = None,
+    trust_server: bool = False,
+) -> Campaign:
     """Reserve a campaign's whole (epsilon, delta) and keep what the owner agreed to.
 
     Args:
@@ -115,12 +141,14 @@ def agree(home: Home, folder: Path, *, operator: Ed25519PublicKey, until: date, 
         operator: The key that must have signed it; the ledger keeps its fingerprint.
         until: The last day the owner agrees to.
         shown: Hash of the policy whose offer the owner has read; by default what the folder holds now.
+        trust_server: Whether the owner agrees that the server sees changes without noise (trust ``central``).
 
     Returns:
         The campaign as it is kept.
 
     Raises:
-        PrivacyError, CampaignError: See ``verify_campaign``; or the folder holds another policy than was shown.
+        PrivacyError, CampaignError: See ``verify_campaign`` and ``check_trust``; or the folder holds another policy
+            than was shown.
         LedgerError: The price does not fit under the owner's caps, or the consent was given before.
         StoreError: A round or another command is at work in the home, or the disk is full.
 
@@ -129,6 +157,7 @@ def agree(home: Home, folder: Path, *, operator: Ed25519PublicKey, until: date, 
     """
     with alone(home):
         offer = examine_offer(home, folder, operator=operator, until=until)
+        check_trust(offer, trust_server=trust_server)
         campaign = _keep(home, folder, operator=operator, expected=shown or offer.policy)
         with home.ledger() as ledger:
             ledger.consent(

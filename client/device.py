@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Context
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from client.device_key import sign, trusted_operator
 from client.home import Home, open_home
 from client.ledger import Ledger
 from client.log import note
@@ -25,13 +28,16 @@ from client.sources import training_records
 from client.vault import Vault
 from shared.adapter import Arrays, within_bound
 from shared.campaign import Campaign, read_resumed
+from shared.config import Scenario
 from shared.datasets import Record
-from shared.errors import CampaignError, LedgerError, RefusedError
+from shared.enrolment import check_certificate, check_device_signature
+from shared.errors import CampaignError, LedgerError, RefusedError, SecureSumError
 from shared.features import Features, compute_hidden
 from shared.files import write_atomically
 from shared.flower import in_simulation
 from shared.noise import Randomness, SecureRandomness, SeededRandomness
 from shared.policy import Policy
+from shared.secure_sum import Credential
 from shared.tasks import TASKS, Encoded, Labels, Scores, Targets
 from shared.wire import Request
 
@@ -74,6 +80,24 @@ class Device(Protocol):
 
     def release(self, campaign: Campaign, request: Request, update: Arrays) -> None:
         """Note what is about to be sent; a repeated request gets these very bytes."""
+
+    def masks(self, campaign: Campaign) -> bool:
+        """Whether contributions to this campaign leave under the masks of a secure sum."""
+
+    def ready(self, campaign: Campaign) -> None:
+        """Raise ``RefusedError`` where a round could not be spent now, before others count on this device."""
+
+    def signer(self, campaign: Campaign, seat: int) -> Callable[[bytes], bytes]:
+        """How this device signs its keys of a round."""
+
+    def verifier(self, campaign: Campaign) -> Callable[[int, Credential, bytes, bytes], None]:
+        """What raises ``SecureSumError`` unless a message is signed by the device in a seat."""
+
+    def keep(self, campaign: Campaign, round_number: int, state: bytes) -> None:
+        """Remember a round's secrets until the next message, and no other round's."""
+
+    def kept(self, campaign: Campaign, round_number: int) -> bytes:
+        """What was kept of this round; ``RefusedError`` ``STAGE`` where there is nothing."""
 
 
 def find_device(context: Context) -> Device:
@@ -143,6 +167,42 @@ class SimulatedDevice:
     def release(self, campaign: Campaign, request: Request, update: Arrays) -> None:
         """Nothing is kept: a simulation that is interrupted runs the round again from the same seeds."""
 
+    def masks(self, campaign: Campaign) -> bool:
+        """As the scenario says: masks change no bit of a sum, so a simulation may leave them out."""
+        return campaign.policy.secure_sum is not None and campaign.scenario.performance.secure_sum == "masked"
+
+    def ready(self, campaign: Campaign) -> None:
+        """Nobody has paused or withdrawn."""
+
+    def signer(self, campaign: Campaign, seat: int) -> Callable[[bytes], bytes]:
+        """A key derived from the seed."""
+        if seat != self._seat:
+            raise RefusedError("ROSTER")
+        return _simulated_key(campaign.scenario, seat).sign
+
+    def verifier(self, campaign: Campaign) -> Callable[[int, Credential, bytes, bytes], None]:
+        """The others' keys come from the same seed."""
+
+        def verify(seat: int, _: Credential, message: bytes, signature: bytes) -> None:
+            try:
+                _simulated_key(campaign.scenario, seat).public_key().verify(signature, message)
+            except InvalidSignature:
+                raise SecureSumError(f"the keys of seat {seat} must be signed by its device.", code="ROSTER") from None
+
+        return verify
+
+    def keep(self, campaign: Campaign, round_number: int, state: bytes) -> None:
+        """In the simulation's memory."""
+        self._context.state[_SECURE_SUM] = ConfigRecord({_key(campaign, round_number): state})
+
+    def kept(self, campaign: Campaign, round_number: int) -> bytes:
+        """From the simulation's memory."""
+        record = self._context.state.config_records.get(_SECURE_SUM, ConfigRecord())
+        state = record.get(_key(campaign, round_number))
+        if not isinstance(state, bytes):
+            raise RefusedError("STAGE")
+        return state
+
     def _spent_before(self, campaign: Campaign) -> ConfigRecord:
         """What a device had spent when its simulation was interrupted; nothing in a new one."""
         resumed = read_resumed(campaign.folder)
@@ -210,7 +270,7 @@ class OwnedDevice:
             with suppress(OSError):  # a full disk: the next round brings newer ones
                 _keep_shared(self._home, request)
             return None
-        return {slot.name: load(payload)[slot.name] for slot in campaign.policy.array_slots()}
+        return {slot.name: load(payload)[slot.name] for slot in campaign.policy.reply_slots()}
 
     def records(self, campaign: Campaign) -> tuple[Workbench, Features, Targets]:
         """Every record of store and folder that the policy lets take part, all of them training rows."""
@@ -240,6 +300,60 @@ class OwnedDevice:
         payload = save(update)
         self._ledger.release(policy=campaign.policy.sha256, round_number=request.round_number, payload=payload)
         _note("released", campaign, request)
+
+    def masks(self, campaign: Campaign) -> bool:
+        """Always, where the policy has a secure sum: nothing a server or a setting says makes it otherwise."""
+        return campaign.policy.secure_sum is not None
+
+    def ready(self, campaign: Campaign) -> None:
+        """Ask the ledger, which is not changed."""
+        policy = campaign.policy.sha256
+        standing = next((each for each in self._ledger.consents() if each.consent.policy == policy), None)
+        if standing is None or standing.state not in ("in force", "exhausted"):
+            raise RefusedError("CONSENT")
+        if self._ledger.totals().paused:
+            raise RefusedError("PAUSED")
+        if standing.state == "exhausted":
+            raise RefusedError("BUDGET")
+
+    def signer(self, campaign: Campaign, seat: int) -> Callable[[bytes], bytes]:
+        """The device's key."""
+        del campaign, seat
+        return lambda message: sign(self._home.folder, message)
+
+    def verifier(self, campaign: Campaign) -> Callable[[int, Credential, bytes, bytes], None]:
+        """Keys certified by the operator whose campaign the owner agreed to."""
+        operator = trusted_operator(self._home, campaign.policy.sha256)
+
+        def verify(seat: int, credential: Credential, message: bytes, signature: bytes) -> None:
+            check_certificate(operator, seat=seat, public_key=credential.public_key, certificate=credential.certificate)
+            check_device_signature(credential.public_key, message, signature)
+
+        return verify
+
+    def keep(self, campaign: Campaign, round_number: int, state: bytes) -> None:
+        """In this process's memory alone."""
+        _SECRETS[str(self._home.folder)] = {_key(campaign, round_number): state}
+
+    def kept(self, campaign: Campaign, round_number: int) -> bytes:
+        """From this process's memory."""
+        state = _SECRETS.get(str(self._home.folder), {}).get(_key(campaign, round_number))
+        if state is None:
+            raise RefusedError("STAGE")
+        return state
+
+
+_SECRETS: dict[str, dict[str, bytes]] = {}  # home -> what the latest round of a secure sum must remember
+_SECURE_SUM = "secure sum"
+
+
+def _key(campaign: Campaign, round_number: int) -> str:
+    return f"{round_number} of {campaign.policy.sha256}"
+
+
+def _simulated_key(scenario: Scenario, seat: int) -> Ed25519PrivateKey:
+    seed = hashlib.sha256(f"a simulated device's key|{scenario.seed}|{scenario.name}|{seat}".encode()).digest()
+    return Ed25519PrivateKey.from_private_bytes(seed)
 
 
 def _keep_shared(home: Home, request: Request) -> None:

@@ -87,11 +87,8 @@ def answer_for(home: Home) -> Answer:
     """How the device of this home answers: with a noised update, or with the code of a refusal; loads torch."""
     from client.app import answer
     from client.device import OwnedDevice
-    from shared import wire
 
     def respond(message: Message, context: Context) -> Message:
-        if message.metadata.message_type != "train":
-            return Message(wire.pack_refusal("SCHEMA"), reply_to=message)
         return answer(message, context, find=lambda _: OwnedDevice(home))
 
     return respond

@@ -37,10 +37,11 @@ from client.artifact import (
     write_json,
 )
 from client.graph import build_graph, graph_key, list_slots, slot_layers
+from client.graph_kernel import KernelTerm
 from client.parity import PRECISIONS, Parity, check_precision
 from client.runtime import (
+    KERNEL_SLOT,
     MAX_TOLERANCE,
-    OUTPUT_SLOTS,
     FleetBase,
     PersonalHead,
     base_id,
@@ -48,15 +49,17 @@ from client.runtime import (
     check_known_answer,
     identity,
     open_base,
+    output_differs,
 )
 from client.slots import describe_slot, graph_format, lora_slot, read_graph, store_graph
 from shared.config import TaskConfig
 from shared.errors import HeadError
 from shared.features import compute_features
-from shared.head import RatingHead, pooled_features
+from shared.head import OutputLayer, RatingHead, pooled_features
 from shared.model import Base
 
 TOLERANCE = 1e-5  # largest absolute difference between torch and ONNX Runtime, in fp32
+KERNEL_TOLERANCE = 1e-4  # of a head with kernel features: a narrow kernel magnifies the last bits of a cosine
 REL_RMS = 0.05  # of the pooled features on a base of 8 bits
 HEAD_REL_RMS = 0.2  # of how far predictions lie from the centre, on a base of 8 bits
 _KNOWN_TEXTS = (  # public: their tokens go into every manifest
@@ -77,6 +80,7 @@ def export_base(
     probe_texts: Sequence[str],
     cache: Path | None = None,
     precision: str = "fp32",
+    kernel: KernelTerm | None = None,
 ) -> dict[str, Any]:
     """Write the fleet's base: the whole model as one ONNX graph with empty slots.
 
@@ -90,6 +94,7 @@ def export_base(
         probe_texts: At least 16 different texts; they are compared and not written.
         cache: Folder of finished graphs; one made before from the same base and settings is used again.
         precision: ``fp32``, or ``int8`` for weights in 8 bits.
+        kernel: Of the campaign's heads, where they have one; its slot then takes a weight for each public text.
 
     Returns:
         The manifest as written.
@@ -106,11 +111,17 @@ def export_base(
     probes = distinct(probe_texts)
     token_ids = base.tokenize(probes, max_tokens=max_tokens)
     layers = slot_layers(base, blocks, targets)
-    key = graph_key(base, list(layers), max_tokens, task.centre, precision)
+    key = graph_key(base, list(layers), max_tokens, task.centre, precision, kernel)
     model = read_graph(cache, key)
     if model is None:
         model = build_graph(
-            base, layers, max_tokens=max_tokens, centre=task.centre, token_ids=token_ids, precision=precision
+            base,
+            layers,
+            max_tokens=max_tokens,
+            centre=task.centre,
+            token_ids=token_ids,
+            precision=precision,
+            kernel=kernel,
         )
         store_graph(cache, key, model)
     with new_folder(folder) as new:
@@ -122,7 +133,7 @@ def export_base(
             "base_sha256": base.sha256,
             "files": describe_files(new, MODEL, TOKENIZER),
             "tokenizer": {"max_tokens": max_tokens},
-            "slots": list_slots(base.hidden_size, layers),
+            "slots": list_slots(base.hidden_size, layers, kernel),
             "task": {"name": task.name, "low": task.low, "high": task.high, "centre": task.centre},
             "quant": PRECISIONS[precision],
             "onnx": graph_format(model),
@@ -148,8 +159,7 @@ def build_head(
     *,
     base_folder: Path | FleetBase,
     head: RatingHead,
-    output_weight: np.ndarray,
-    output_bias: float,
+    output: OutputLayer,
     user: str,
     privacy: Mapping[str, object],
     probe_texts: Sequence[str],
@@ -163,8 +173,7 @@ def build_head(
         base_folder: What ``export_base`` wrote for this head's base, with slots for its blocks and targets; or that
             opened, which many exports can share.
         head: Holds the LoRA; its output layer is not read.
-        output_weight: (d,); prediction = pooled features @ weight + bias, before clipping.
-        output_bias: The bias.
+        output: Of the predictions before clipping.
         user: The user's id, written to the manifest.
         privacy: What left the device before, written as given.
         probe_texts: At least 16 different texts; they are compared and not written.
@@ -184,8 +193,8 @@ def build_head(
     """
     probes = distinct(probe_texts)
     fleet = base_folder if isinstance(base_folder, FleetBase) else open_base(base_folder)
-    tensors = _adapter_tensors(head, output_weight, output_bias)
-    lora = {name: array for name, array in tensors.items() if name not in OUTPUT_SLOTS}
+    tensors = _adapter_tensors(head, output)
+    lora = {name: array for name, array in tensors.items() if name.startswith("lora.")}
     content = save(tensors)
     manifest: dict[str, Any] = {
         **head_manifest("adapter", user=user, privacy=privacy, created=created, sequence=sequence, expires=expires),
@@ -197,9 +206,9 @@ def build_head(
     personal = bind_head({ADAPTER: content, MANIFEST: manifest_bytes(manifest)}, fleet)
     texts = [*probes, *_KNOWN_TEXTS]
     wanted = _torch_pooled(head, fleet, texts)
-    predictions = wanted @ output_weight + output_bias
+    predictions = head.apply_output(wanted, output)
     found, bare = fleet.run(texts, adapter=tensors), fleet.run(texts)
-    parity = _head_parity(fleet.precision, found, (wanted, predictions), centre=head.centre)
+    parity = _head_parity(fleet.precision, found, (wanted, predictions), head=head)
     manifest["parity"] = {"n_probes": len(probes), **parity}
     _check_active(found[1], bare[1], active=_output_differs(tensors, head.centre), what="head")
     _check_active(found[0], bare[0], active=lora_differs(lora), what="LoRA")
@@ -237,8 +246,7 @@ def export_head(
     *,
     base_folder: Path | FleetBase,
     head: RatingHead,
-    output_weight: np.ndarray,
-    output_bias: float,
+    output: OutputLayer,
     user: str,
     privacy: Mapping[str, object],
     probe_texts: Sequence[str],
@@ -259,8 +267,7 @@ def export_head(
         files = build_head(
             base_folder=base_folder,
             head=head,
-            output_weight=output_weight,
-            output_bias=output_bias,
+            output=output,
             user=user,
             privacy=privacy,
             probe_texts=probe_texts,
@@ -283,15 +290,16 @@ def _head_parity(
     found: tuple[np.ndarray, np.ndarray],
     wanted: tuple[np.ndarray, np.ndarray],
     *,
-    centre: float,
+    head: RatingHead,
 ) -> dict[str, Any]:
     """The device's features and predictions against torch's, or HeadError."""
     if precision != "fp32":
         gate = Parity("the features of the probe texts", precision=precision, max_abs=TOLERANCE, rel_rms=REL_RMS)
         gate.add(found[0], wanted[0])
         gate.described()
-    gate = Parity("the probe texts", precision=precision, max_abs=TOLERANCE, rel_rms=HEAD_REL_RMS)
-    gate.add(found[1] - centre, wanted[1] - centre)
+    max_abs = KERNEL_TOLERANCE if head.kernel else TOLERANCE
+    gate = Parity("the probe texts", precision=precision, max_abs=max_abs, rel_rms=HEAD_REL_RMS)
+    gate.add(found[1] - head.centre, wanted[1] - head.centre)
     return gate.described()
 
 
@@ -322,18 +330,19 @@ def _check_active(personal: np.ndarray, bare: np.ndarray, *, active: bool, what:
 
 
 def _output_differs(tensors: Mapping[str, np.ndarray], centre: float) -> bool:
-    weight, bias = (tensors[name] for name in OUTPUT_SLOTS)
-    return bool(weight.any() or bias[0] != np.float32(centre))
+    return output_differs(tensors) or bool(tensors["output.bias"][0] != np.float32(centre))
 
 
-def _adapter_tensors(head: RatingHead, output_weight: np.ndarray, output_bias: float) -> dict[str, np.ndarray]:
+def _adapter_tensors(head: RatingHead, output: OutputLayer) -> dict[str, np.ndarray]:
     """Slot name -> float32 array: LoRA transposed to x @ A @ B, its scaling in B; and the output layer."""
-    if output_weight.shape != (head.base[0].hidden_size,):
-        raise HeadError(f"output_weight must have shape ({head.base[0].hidden_size},), got {output_weight.shape}.")
-    tensors = {
-        "output.weight": np.ascontiguousarray(output_weight[:, None], dtype=np.float32),
-        "output.bias": np.array([output_bias], dtype=np.float32),
-    }
+    columns = [("output.weight", output.weight, head.base[0].hidden_size)]
+    if head.kernel or output.kernel.size:
+        columns.append((KERNEL_SLOT, output.kernel, len(head.kernel.anchors) if head.kernel else 0))
+    tensors = {"output.bias": np.array([output.bias], dtype=np.float32)}
+    for slot, column, size in columns:
+        if column.shape != (size,):
+            raise HeadError(f"{slot} must be folded from shape ({size},), got {column.shape}.")
+        tensors[slot] = np.ascontiguousarray(column[:, None], dtype=np.float32)
     for name, module in head.blocks.named_modules():
         if not hasattr(module, "lora_A"):
             continue

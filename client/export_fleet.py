@@ -9,8 +9,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.artifact import sign_folder
 from client.export import export_base
 from client.export_lm import export_lm_base
+from client.graph_kernel import kernel_term
 from client.private_head import PROBES, head_logits
 from client.site import resident_base
+from shared.adapter import load_start
 from shared.campaign import Campaign
 from shared.config import Scenario
 from shared.head import Head
@@ -46,6 +48,7 @@ def export_campaign_base(
     scenario = campaign.scenario
     base = resident_base(scenario.model.base, scenario.performance.device)
     head = campaign.new_head(base)
+    load_start(head.to(base.device), campaign.start)
     manifest = export_fleet(base, head, scenario, folder, probe_texts=probe_texts, precision=precision, cache=cache)
     sign_folder(folder, key)
     return manifest
@@ -61,27 +64,38 @@ def export_fleet(
     precision: str = "fp32",
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the base for the heads of a scenario, unsigned; arguments as for ``export_campaign_base``."""
+    """Write the base for the heads of a scenario, unsigned; arguments as for ``export_campaign_base``.
+
+    Args:
+        head: At the campaign's public start or after it: what a kernel of it is made of is part of the base.
+    """
     settings: dict[str, Any] = {
         "blocks": range(head.first_block, base.num_blocks),
         "targets": scenario.adapter.targets,
         "precision": precision,
         "cache": cache,
     }
-    return EXPORTS[scenario.task.name](base, scenario, folder, list(probe_texts), settings)
+    return EXPORTS[scenario.task.name](base, head, scenario, folder, list(probe_texts), settings)
 
 
 def _export_rating(
-    base: Base, scenario: Scenario, folder: Path, probes: list[str], settings: dict[str, Any]
+    base: Base, head: Head, scenario: Scenario, folder: Path, probes: list[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
     return export_base(
-        base, folder, max_tokens=scenario.model.max_tokens, task=scenario.task, probe_texts=probes, **settings
+        base,
+        folder,
+        max_tokens=scenario.model.max_tokens,
+        task=scenario.task,
+        probe_texts=probes,
+        kernel=kernel_term(head),
+        **settings,
     )
 
 
 def _export_generation(
-    base: Base, scenario: Scenario, folder: Path, probes: list[str], settings: dict[str, Any]
+    base: Base, head: Head, scenario: Scenario, folder: Path, probes: list[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
+    del head
     return export_lm_base(
         base.folder,
         folder,

@@ -34,8 +34,9 @@ _REMAINS = (
     ("this receipt", "so that the owner can show what was deleted; it holds no text"),
 )
 _SENT = (
-    "Each reply is noised. Whoever holds them learns about any one record no more than its campaign's (epsilon, delta) "
-    "allows. They are part of the operator's model and cannot be called back."
+    "Of what a campaign hides, one record or all that you contributed, whoever holds the replies learns no more than "
+    "its (epsilon, delta) allows, as far as its terms of trust hold. They are part of the operator's model and cannot "
+    "be called back."
 )
 _BEYOND = (
     "Copies and backups of the home made earlier are not reached; without the data key, which is gone here, those of "

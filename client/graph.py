@@ -16,9 +16,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from client.graph_kernel import KernelTerm
 from client.parity import PRECISIONS
 from client.quantize import quantize_weights
-from client.runtime import open_session, run_session
+from client.runtime import KERNEL_SLOT, open_session, run_session
 from client.slots import (
     add_optional_input,
     check_found,
@@ -52,9 +53,11 @@ def slot_layers(base: Base, blocks: Sequence[int], targets: Sequence[str]) -> di
     return layers
 
 
-def list_slots(width: int, layers: Mapping[str, nn.Linear]) -> list[dict[str, Any]]:
+def list_slots(width: int, layers: Mapping[str, nn.Linear], kernel: KernelTerm | None = None) -> list[dict[str, Any]]:
     """Every optional input. One rank symbol per layer: ONNX Runtime plans equal sizes for a shared one."""
     found = [describe_slot("output.weight", (width, 1)), describe_slot("output.bias", (1,))]
+    if kernel:
+        found.append(describe_slot(KERNEL_SLOT, (len(kernel.anchors), 1)))
     for slot, layer in layers.items():
         rank = f"rank.{slot}"
         found += [
@@ -86,6 +89,7 @@ def build_graph(
     centre: float,
     token_ids: Sequence[Sequence[int]],
     precision: str = "fp32",
+    kernel: KernelTerm | None = None,
 ) -> bytes:
     """Trace the base, put the slots in, and show that they change nothing while they are empty.
 
@@ -97,11 +101,11 @@ def build_graph(
     _name_products(graph, base, layers)
     if precision == "int8":
         graph = quantize_weights(graph)
-        _insert_slots(graph, base, layers, centre=centre)
+        _insert_slots(graph, base, layers, centre=centre, kernel=kernel)
         strip_metadata(graph)
         return bytes(graph.SerializeToString())
     plain = graph.SerializeToString()
-    _insert_slots(graph, base, layers, centre=centre)
+    _insert_slots(graph, base, layers, centre=centre, kernel=kernel)
     strip_metadata(graph)
     slotted: bytes = graph.SerializeToString()
     before, after = (
@@ -167,7 +171,14 @@ def _name_products(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str
     check_found(done, layers)
 
 
-def _insert_slots(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str, nn.Linear], *, centre: float) -> None:
+def _insert_slots(
+    graph_model: onnx.ModelProto,
+    base: Base,
+    layers: Mapping[str, nn.Linear],
+    *,
+    centre: float,
+    kernel: KernelTerm | None,
+) -> None:
     """Add x @ A @ B beside every named product, and the output layer after the pooling, in place."""
     graph = graph_model.graph
     products = {name: slot for slot in layers for name in (slot, f"{slot}_Q8")}
@@ -180,12 +191,14 @@ def _insert_slots(graph_model: onnx.ModelProto, base: Base, layers: Mapping[str,
     check_found(done, layers)
     nodes += [
         helper.make_node("MatMul", ["pooled", "output.weight"], ["output.product"]),
-        helper.make_node("Add", ["output.product", "output.bias"], ["prediction"]),
+        helper.make_node("Add", ["output.product", "output.bias"], ["output.linear" if kernel else "prediction"]),
     ]
+    if kernel:
+        nodes += kernel.nodes(graph, before="output.linear", after="prediction")
     del graph.node[:]
     graph.node.extend(nodes)
     graph.output.append(helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["texts", 1]))
-    for item in list_slots(base.hidden_size, layers):
+    for item in list_slots(base.hidden_size, layers, kernel):
         add_optional_input(graph, item, fill=centre if item["name"] == "output.bias" else 0.0)
 
 
@@ -197,8 +210,11 @@ def _name_scopes(node: onnx.NodeProto) -> list[str]:
     return []
 
 
-def graph_key(base: Base, slots: Sequence[str], max_tokens: int, centre: float, precision: str) -> str:
+def graph_key(
+    base: Base, slots: Sequence[str], max_tokens: int, centre: float, precision: str, kernel: KernelTerm | None = None
+) -> str:
     """Names a graph by all that decides its bytes."""
     versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")]
     decisive = [_GRAPH_VERSION, _OPSET, versions, base.sha256, list(slots), max_tokens, centre, PRECISIONS[precision]]
+    decisive += [kernel.sha256] if kernel else []
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:24]

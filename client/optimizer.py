@@ -7,7 +7,8 @@ from torch import nn
 from shared.clipping import clipped_sum
 from shared.errors import PrivacyError
 from shared.noise import Randomness
-from shared.policy import Policy, check_grid
+from shared.policy import Policy
+from shared.promise import check_grid
 
 _MAX_WAITING = 4_000_000  # per-sample gradient values kept before they are clipped: bounds memory, not the sum
 
@@ -89,12 +90,14 @@ class PolicyOptimizer(DPOptimizer):  # type: ignore[misc]
 
 
 class PlainOptimizer:
-    """The same step without clipping and noise, for trust ``none``: summed gradient over the same constant."""
+    """A step without clipping and noise: summed gradient over a denominator.
 
-    def __init__(self, parameters: list[nn.Parameter], policy: Policy, randomness: Randomness) -> None:
-        del randomness  # nothing is drawn; the signature is the one of PolicyOptimizer
-        self._sgd = torch.optim.SGD(parameters, lr=policy.learning_rate)
-        self._parameters, self._denominator = parameters, policy.denominator
+    For trust ``none``, and at unit user, where the change of a whole round is clipped (``client/contribution.py``).
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], *, learning_rate: float, denominator: float) -> None:
+        self._sgd = torch.optim.SGD(parameters, lr=learning_rate)
+        self._parameters, self._denominator = parameters, denominator
 
     def accumulate(self) -> None:
         """Autograd has already added the micro-batch to the gradient."""
@@ -108,4 +111,20 @@ class PlainOptimizer:
         self._sgd.zero_grad()
 
 
-OPTIMIZERS: dict[str, type[PolicyOptimizer] | type[PlainOptimizer]] = {"local": PolicyOptimizer, "none": PlainOptimizer}
+def make_optimizer(
+    parameters: list[nn.Parameter], policy: Policy, randomness: Randomness, *, records: int
+) -> PolicyOptimizer | PlainOptimizer:
+    """The optimizer of a policy's unit and trust.
+
+    Args:
+        parameters: What trains.
+        policy: All constants.
+        randomness: Source of the noise of a step, where a step has any.
+        records: How many this device has; read at unit user alone, where whatever comes of it is clipped.
+    """
+    if policy.unit == "user":
+        denominator = max(records, 1) ** policy.record_exponent
+        return PlainOptimizer(parameters, learning_rate=policy.learning_rate, denominator=denominator)
+    if policy.trust == "none":
+        return PlainOptimizer(parameters, learning_rate=policy.learning_rate, denominator=policy.denominator)
+    return PolicyOptimizer(parameters, policy, randomness)

@@ -5,6 +5,7 @@ text. Needs no more than the base install; consent, which certifies a campaign, 
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,8 @@ from client.sources import Source, describe_source, remove_source, set_source
 from client.store import RecordStore
 from client.vault import KEY_FILE, Vault, create_vault
 from shared.datasets.records import Record
-from shared.errors import (
-    LedgerError,
-    RefusedError,
-    SottovoceError,
-    StoreError,
-)
+from shared.errors import CampaignError, LedgerError, RefusedError, SottovoceError, StoreError
+from shared.signing import policy_sha256
 
 RECOVER = (
     "Nothing is trained or sent until the owner has run: sottovoce client recover (it forgets nothing that was spent)"
@@ -218,7 +215,7 @@ def status(home: Home) -> dict[str, Any]:
         "paused": totals.paused,
         "epsilon": {"reserved": totals.epsilon, "cap": totals.cap_epsilon, "left": totals.left_epsilon},
         "delta": {"reserved": totals.delta, "cap": totals.cap_delta, "left": totals.left_delta},
-        "campaigns": [_describe_standing(standing) for standing in standings],
+        "campaigns": [_describe_standing(standing) | _promise(home, standing) for standing in standings],
         "data": _describe_data(home),
         "source": describe_source(home),
         "forget_was_cut": (home.folder / RECEIPTS / BEGUN).exists(),
@@ -243,6 +240,16 @@ def _describe_standing(standing: Standing) -> dict[str, Any]:
         "rounds_pending": standing.pending,
         "rounds_lost": standing.lost,
     }
+
+
+def _promise(home: Home, standing: Standing) -> dict[str, str | None]:
+    """Unit and trust of a campaign, from the home's copy; None each where that is gone or not what was agreed to."""
+    policy, folder = standing.consent.policy, home.campaign_folder(standing.consent.policy)
+    try:
+        found = json.loads((folder / "policy.json").read_bytes()) if policy_sha256(folder) == policy else {}
+    except (CampaignError, OSError, ValueError):
+        found = {}
+    return {"unit": found.get("unit"), "trust": found.get("trust")}
 
 
 def _describe_data(home: Home) -> dict[str, Any]:

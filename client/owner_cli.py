@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client import source_cli
-from client.device_key import PUBLIC, make_device_key
 from client.owner_words import CAPS, history_lines, key_lines, offer_lines, plain, status_lines
 from client.place import default_home, open_owner_home
 from client.service_cli import service_line
@@ -44,7 +43,8 @@ example:
   sottovoce client consent campaign --operator operator.pub --until 2027-06-30
 
 The campaign's whole price is reserved at once and never given back. Get operator.pub by a way nobody else controls and
-compare its fingerprint.
+compare its fingerprint. A campaign of trust "central" shows the server your change without noise; to agree to that all
+the same, add --trust-server.
 """
 
 
@@ -59,6 +59,7 @@ def add_parsers(commands: "Subparsers") -> None:
     )
     begin.add_argument("--operator", type=Path, metavar="KEY.pub", help="with --campaign: the operator's public key")
     begin.add_argument("--until", metavar="YYYY-MM-DD", help="with --campaign: last day you agree to (UTC)")
+    _add_trust(begin)
     _add_yes(begin)
     source = _add(commands, "source", source_cli.run, source_cli.SUMMARY, source_cli.EXAMPLES)
     source_cli.add_arguments(source)
@@ -72,6 +73,7 @@ def add_parsers(commands: "Subparsers") -> None:
     consent.add_argument("campaign", type=Path, metavar="DIR", help="folder of the campaign")
     consent.add_argument("--operator", type=Path, required=True, metavar="KEY.pub", help="the operator's public key")
     consent.add_argument("--until", required=True, metavar="YYYY-MM-DD", help="last day you agree to (UTC)")
+    _add_trust(consent)
     _add_yes(consent)
     withdraw = _add(commands, "withdraw", _withdraw, "take back a consent, for ever; what was reserved stays reserved")
     withdraw.add_argument("policy", metavar="POLICY", help="first digits of the policy, as status shows them")
@@ -119,6 +121,11 @@ def _add_caps(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
         parser.add_argument(name, type=float, metavar="X", help=words, **known)
 
 
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    words = "let the server see your change without noise, where a campaign asks for that (trust central)"
+    parser.add_argument("--trust-server", action="store_true", help=words)
+
+
 def _add_yes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask")
 
@@ -150,6 +157,7 @@ def _confirm(question: str, *, yes: bool) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
+    from client.device_key import PUBLIC, make_device_key
     from client.owner import begin
 
     folder = options.home or default_home()
@@ -196,7 +204,7 @@ def _add_records(options: argparse.Namespace) -> int:
 
 
 def _consent(options: argparse.Namespace) -> int:
-    from client.consent import agree, examine_offer, put_back  # loads torch
+    from client.consent import agree, check_trust, examine_offer, put_back  # loads torch
     from shared.signing import load_public
 
     home, operator, until = open_owner_home(options.home), load_public(options.operator), _day(options.until)
@@ -205,8 +213,16 @@ def _consent(options: argparse.Namespace) -> int:
         return 0
     offer = examine_offer(home, options.campaign, operator=operator, until=until)
     _say(*offer_lines(offer))
+    check_trust(offer, trust_server=options.trust_server)
     _confirm("Do you agree?", yes=options.yes)
-    agree(home, options.campaign, operator=operator, until=until, shown=offer.policy)
+    agree(
+        home,
+        options.campaign,
+        operator=operator,
+        until=until,
+        shown=offer.policy,
+        trust_server=options.trust_server,
+    )
     _say(
         f"agreed. The price is reserved for good; take part no more with: sottovoce client withdraw {offer.policy[:12]}"
     )
@@ -286,7 +302,7 @@ def _forget(options: argparse.Namespace) -> int:
     bound = receipt["left_the_device"]["bound"]
     _say(
         "forgotten: the keys first, then everything sealed with them",
-        f"left the device before and stays out: {replies} noised replies, together within epsilon "
+        f"left the device before and stays out: {replies} replies, together within epsilon "
         f"{bound['epsilon']:g}, delta {bound['delta']:g} (see: history)",
         *receipt["out_of_reach"],
         f"receipt: {home.folder / 'receipts' / receipt['written']['file']}",

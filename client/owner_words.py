@@ -13,9 +13,9 @@ NOT_DETECTABLE = (
     "it, and the device forgets what it spent since. A server that remembers this device's replies corrects the count."
 )
 CAPS = (
-    "The caps hold for all campaigns together and for ever: epsilon bounds how much better than by guessing anybody "
-    "can tell from all that ever leaves the device whether one record was there (by a factor of at most e^epsilon in "
-    "the odds); delta is the chance left for that to fail. They cannot be raised later."
+    "The caps hold for the sum of all campaigns and for ever: epsilon bounds how much better than by guessing anybody "
+    "can tell whether what a campaign hides was there, one record or all that you contributed (by a factor of at most "
+    "e^epsilon in the odds); delta is the chance left for that to fail. They cannot be raised later."
 )
 
 
@@ -36,16 +36,48 @@ def key_lines(name: str, *, weak: bool, detects: bool) -> list[str]:
     return [f"keys: {plain(name)} ({strength})", rollback if detects else NOT_DETECTABLE]
 
 
-_RELATIONS = {"add-or-remove-one": "nobody can tell whether it was there"}
+_HIDES = {
+    "record": "one record (nobody can tell whether it was there); not what many of your records have in common, nor "
+    "that you take part",
+    "user": "all that this device contributes (with it or with zeros instead, what others see is alike within epsilon; "
+    "with two different contributions, within about twice that); not that you take part",
+}
 _ADDED = {
     "next-round": "one that you add is used from the next round on",
     "next-campaign": "one that you add after the first round is not used in this campaign",
 }
+_ARRAYS = {
+    "local": "the noised change of the shared numbers",
+    "central": "the clipped change of the shared numbers WITHOUT noise",
+    "distributed": "the clipped change of the shared numbers with a share of the noise, masked",
+}
 _FIELDS = {
-    "arrays": "the noised change of the shared numbers",
+    "config.body": "one-time keys, and sealed shares of them for other devices",
     "config.policy": "the policy's hash",
     "config.round": "the round",
 }
+
+
+def _trust_lines(offer: "Offer") -> list[str]:
+    """Whom an owner trusts, and with what."""
+    if offer.trust == "local":
+        return ["trusts: nobody; the noise that hides is added on this device"]
+    if offer.trust == "central":
+        return [
+            "trusts: THE SERVER. It sees this device's change WITHOUT noise, and promises to add the noise to the sum "
+            "of all and to use and show nothing else. Epsilon says nothing of what the server learns"
+        ]
+    if offer.trust == "distributed" and offer.secure_sum is not None:
+        terms = offer.secure_sum
+        return [
+            "trusts: the server to keep to the protocol, and its operator to enrol no device of its own invention; of "
+            f"a round's {offer.cohort_size} devices, at most {terms.colluders} tell it their noise, and of this "
+            f"device's {terms.neighbours} neighbours fewer than {terms.threshold} tell it their shares",
+            "the server sees: a masked vector, which alone looks like random numbers, and the sum of at least "
+            f"{terms.min_survivors} devices with the noise of all of them. With fewer the round is void: spent, and "
+            "nothing is opened",
+        ]
+    return [f"trusts: {plain(offer.trust)}, which this version has no words for; do not agree"]
 
 
 def offer_lines(offer: "Offer") -> list[str]:
@@ -54,20 +86,24 @@ def offer_lines(offer: "Offer") -> list[str]:
     return [
         f"campaign: {plain(offer.campaign)} ({plain(offer.task)}), policy {offer.policy[:12]}",
         f"signed by key: {offer.operator}",
-        f"hides: one {plain(offer.unit)} ({_RELATIONS.get(offer.relation, plain(offer.relation))}); not what many of "
-        "your records have in common, nor that you take part",
+        f"hides: {_HIDES.get(offer.unit, plain(offer.unit))}",
+        *_trust_lines(offer),
         f"price: epsilon {offer.epsilon:g}, delta {offer.delta:g} for all of it, reserved now and never given back",
         f"rounds: this device joins at most {offer.max_participations} of {offer.rounds}",
         f"your records: {_ADDED.get(offer.added_records, plain(offer.added_records))}; one that is gone is used in no "
         "later round",
-        f"leaves the device: {', '.join(_FIELDS.get(name, plain(name)) for name in offer.reply_fields)}; no text, no "
-        "count, no score",
+        f"leaves the device: {'; '.join(_field_words(offer))}; no text, no count, no score",
         f"how much: {offer.numbers:,} numbers, {offer.payload_bytes:,} bytes a round (as history counts them; the "
         f"message adds some hundred), at most {most:,} in all",
         *(f"needs an installed package: {plain(extension)}" for extension in offer.extensions),
         f"until: {offer.until} (UTC)",
         f"left of your caps afterwards: epsilon {offer.left_epsilon:g}, delta {offer.left_delta:g}",
     ]
+
+
+def _field_words(offer: "Offer") -> list[str]:
+    words = _FIELDS | {"arrays": _ARRAYS.get(offer.trust, plain(offer.trust))}
+    return [words.get(name, plain(name)) for name in offer.reply_fields]
 
 
 def status_lines(found: Mapping[str, Any]) -> list[str]:
@@ -88,6 +124,11 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_PROMISES = {
+    ("record", "local"): "hides one record, from everybody",
+    ("user", "distributed"): "hides all that you contribute, from a server that keeps to the protocol too",
+    ("user", "central"): "hides all that you contribute, but NOT FROM THE SERVER, which sees it without noise",
+}
 _STATES = {
     "in force": "in force",
     "exhausted": "every round allowed is used",
@@ -107,6 +148,7 @@ def _campaign_lines(campaign: Mapping[str, Any]) -> list[str]:
         f"campaign {campaign['policy'][:12]} {plain(campaign['campaign'])}: {_STATES[campaign['state']]}, agreed "
         f"{campaign['consented'][:10]} until {campaign['until']}, signed by {plain(campaign['operator'])}",
         f"  reserved: epsilon {campaign['epsilon']:g}, delta {campaign['delta']:g}",
+        *([f"  {_PROMISES[promise]}"] if (promise := (campaign["unit"], campaign["trust"])) in _PROMISES else []),
         f"  rounds: {campaign['rounds_used']} of {campaign['rounds_allowed']} used"
         + "".join(f", {count} {what}" for what, count in others.items() if count),
     ]

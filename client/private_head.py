@@ -27,13 +27,14 @@ from client.verify import keep_head, next_sequence, open_home_base
 from shared.accounting import epsilon
 from shared.adapter import Arrays, load_shared, load_start, read_start
 from shared.campaign import Campaign, read_campaign
-from shared.claims import record_claim
+from shared.claims import claim_of
+from shared.compatible import check_extensions
 from shared.config import Scenario
 from shared.errors import CampaignError, HeadError, LedgerError, StoreError
 from shared.features import Features
-from shared.head import CausalHead, RatingHead
+from shared.head import CausalHead, OutputLayer, RatingHead
 from shared.model import Base
-from shared.policy import Policy, check_extensions
+from shared.policy import Policy
 from shared.scoring import text_predictions
 from shared.tasks import Targets
 
@@ -149,7 +150,7 @@ def _spent(policy: Policy, standing: Standing) -> dict[str, Any]:
     delta = policy.delta or 0.0  # a device takes part in private campaigns only, whose policies state it
     until_now = replace(policy.mechanism, max_participations=standing.spent) if standing.spent else None
     return {
-        "claim": record_claim(policy.mechanism, delta=delta, noise="secure").sentence(),
+        "claim": claim_of(policy, noise="secure").sentence(),
         "policy_sha256": policy.sha256,
         "unit": policy.unit,
         "epsilon": epsilon(until_now, delta=delta) if until_now else 0.0,
@@ -235,12 +236,9 @@ _BUILDERS: dict[str, Callable[..., dict[str, bytes]]] = {"rating": _rating_files
 
 def rating_parts(head: RatingHead, private: PrivateOutput) -> dict[str, Any]:
     """What ``build_head`` needs of a head that holds shared arrays, and of a user's private output."""
-    weight, bias = head.output_layer()
-    return {
-        "head": head,
-        "output_weight": (weight + private.weight).astype("float32"),
-        "output_bias": bias + private.bias,
-    }
+    shared = head.output_layer()
+    weight = (shared.weight + private.weight).astype("float32")
+    return {"head": head, "output": OutputLayer(weight, shared.bias + private.bias, shared.kernel)}
 
 
 def language_parts(head: CausalHead, base: Base, scenario: Scenario) -> dict[str, Any]:

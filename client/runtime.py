@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from client.language import LanguageBase
 
 OUTPUT_SLOTS = ("output.weight", "output.bias")
+KERNEL_SLOT = "output.kernel"  # of a base with kernel features: one weight for each public text
 # Largest difference between a head's known answer and this device's, by the base's precision: in 8 bits kernels of
 # other processors round activations otherwise.
 MAX_TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
@@ -154,7 +155,7 @@ def bind_head(folder: Files, base: FleetBase, *, signers: Collection[str] | None
     content = read_file(folder, manifest, ADAPTER)
     adapter = parse_adapter(place / ADAPTER, content)
     check_listed(place, manifest, adapter)
-    check_slots(place, adapter, base.slots, required=OUTPUT_SLOTS)
+    check_slots(place, adapter, base.slots, required=(*OUTPUT_SLOTS, *({KERNEL_SLOT} & base.slots.keys())))
     user = manifest.get("user")
     if not isinstance(user, str):
         raise damaged(place / MANIFEST, f"user must be a string, got {user!r}")
@@ -183,11 +184,16 @@ def check_known_answer(folder: Path, head: PersonalHead) -> None:
     if not 0 <= min(map(min, token_ids)) <= max(map(max, token_ids)) < head.base.tokenizer.get_vocab_size():
         raise damaged(path, "its known answer must be of the base's tokens")
     found = head.base.run_tokens(token_ids, adapter=head.adapter)[1]
-    if head.adapter["output.weight"].any() and not np.abs(wanted - bare).max() >= 2 * tolerance:
+    if output_differs(head.adapter) and not np.abs(wanted - bare).max() >= 2 * tolerance:
         raise damaged(path, "its known answer must tell the adapter from its absence")
     difference = float(np.abs(found - wanted).max())
     if not difference <= tolerance:
         raise wrong_answer(folder, difference, tolerance)
+
+
+def output_differs(adapter: Arrays) -> bool:
+    """Whether the output layer tells one text from another."""
+    return any(adapter[name].any() for name in ("output.weight", KERNEL_SLOT) if name in adapter)
 
 
 def wrong_answer(folder: Path, difference: float, tolerance: float) -> HeadError:

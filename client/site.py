@@ -17,8 +17,8 @@ from client.train import make_trainable
 from shared.adapter import load_start
 from shared.assets import resolve
 from shared.campaign import Campaign, certify, find_campaign
-from shared.config import Scenario
-from shared.datasets import Dataset, Record, read
+from shared.config import DataConfig, Scenario
+from shared.datasets import Dataset, Record, choose_users, read
 from shared.errors import RefusedError, ScenarioError
 from shared.features import Features, cached_features
 from shared.head import Head
@@ -41,9 +41,9 @@ def resident_base(reference: str, device: str = "cpu") -> Base:
 
 
 @lru_cache(maxsize=2)
-def resident_dataset(format_name: str, source: str) -> Dataset:
-    """The users of a simulation, read once per process."""
-    return read(format_name, resolve(source))
+def resident_dataset(data: DataConfig) -> Dataset:
+    """The users of a simulation, read once per process: all, or the part of them that it is about."""
+    return choose_users(read(data.format, resolve(data.source)), data.users, tuning_share=data.tuning_share)
 
 
 def use_threads(count: int) -> None:
@@ -157,7 +157,7 @@ def open_site(campaigns: str, policy_sha256: str) -> Site:
     """Load everything a process of devices needs for one campaign, once; parameters as ``accepted_campaign``."""
     bench = open_workbench(accepted_campaign(campaigns, policy_sha256))
     scenario = bench.campaign.scenario
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     texts = TextFeatures(bench.base, scenario, dataset)
     return Site(
         bench.campaign, bench.base, bench.head, bench.module, dataset, texts, inputs=bench.head.prepare(texts.all)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 from opacus import GradSampleModule
 
-from client.optimizer import OPTIMIZERS
+from client.optimizer import make_optimizer
 from shared.adapter import Arrays, load_shared, read_shared, shared_parameters
 from shared.clipping import clip_by_norm
 from shared.errors import PrivacyError, RefusedError
@@ -19,9 +19,10 @@ from shared.tasks import Targets
 
 
 def make_trainable(head: Head, policy: Policy) -> GradSampleModule | Head:
-    """Give the head per-sample gradients where the policy needs them. Once per process: hooks are not free."""
+    """Give the head per-sample gradients where the policy clips them. Once per process: hooks are not free."""
     head.train()  # Opacus records activations in this mode only; the head has no dropout that it could switch on
-    return GradSampleModule(head, loss_reduction="sum") if policy.trust != "none" else head
+    per_sample = policy.unit == "record" and policy.trust != "none"
+    return GradSampleModule(head, loss_reduction="sum") if per_sample else head
 
 
 def train_shared(
@@ -34,31 +35,34 @@ def train_shared(
     micro_batch: int,
     randomness: Randomness,
 ) -> Arrays:
-    """Take the policy's noisy steps from the server's arrays and return the change, and nothing else.
+    """Take the policy's steps from the server's arrays and return the change, and nothing else.
 
     Args:
         module: The head, from ``make_trainable``; its trainable tensors are overwritten.
         start: The shared arrays of the request.
         features: Prepared backbone outputs of this device's records (n of them, 0 is allowed).
         targets: What they are to predict.
-        policy: All constants; nothing is taken from n.
+        policy: All constants; at unit record nothing is taken from n.
         micro_batch: Tokens per forward pass, padding included; moves the last bits of the sum alone, and at 1, where
             every record has a pass of its own, no record moves another's gradient at all.
         randomness: Source of the Poisson draws and of the noise.
 
     Returns:
-        Slot name -> change after ``policy.steps`` steps, of L2 norm at most ``policy.max_update_norm``.
+        Slot name -> change after ``policy.steps`` steps. At unit record it is noised and of L2 norm at most
+        ``policy.max_update_norm``; at unit user it is neither, may be NaN, and leaves through ``contribute`` alone.
 
     Raises:
         RefusedError: The noised state is not finite.
 
     Guarantee:
-        Releasing the change is ``policy.steps`` steps of the (Poisson-subsampled) Gaussian mechanism on the records.
+        At unit record, releasing the change is ``policy.steps`` steps of the (Poisson-subsampled) Gaussian mechanism
+        on the records.
     """
     head = module._module if isinstance(module, GradSampleModule) else module
     device = head.device
     load_shared(head, start)
-    optimizer = OPTIMIZERS[policy.trust](list(shared_parameters(head).values()), policy, randomness)
+    parameters = list(shared_parameters(head).values())
+    optimizer = make_optimizer(parameters, policy, randomness, records=len(targets))
     with quiet_hooks():
         for _ in range(policy.steps):
             rows = _draw(len(targets), policy.sampling_rate, randomness)
@@ -73,6 +77,8 @@ def train_shared(
             except PrivacyError:
                 raise RefusedError("NOT_FINITE") from None
     update = {name: after - start[name] for name, after in read_shared(head).items()}
+    if policy.unit == "user" and policy.trust != "none":
+        return update
     if not all(np.isfinite(change).all() for change in update.values()):
         raise RefusedError("NOT_FINITE")
     return clip_by_norm(update, clip_norm=policy.max_update_norm)[0]

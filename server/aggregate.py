@@ -1,5 +1,6 @@
 """Aggregation: pure functions from accepted updates to the next shared arrays."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from shared.adapter import Arrays
 from shared.config import FederationConfig
+from shared.noise import Randomness
+from shared.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,50 @@ def mean_update(updates: Iterable[Mapping[str, np.ndarray]], *, denominator: int
     if not total:
         raise ValueError("a mean needs at least one update, got none.")
     return {name: array / denominator for name, array in total.items()}
+
+
+def mean_of_sum(total: np.ndarray, *, policy: Policy) -> dict[str, np.ndarray]:
+    """The mean change that a noised sum of contributions stands for.
+
+    Args:
+        total: (P,) integers, in steps of the policy's grid.
+        policy: Grid, cohort size, slots.
+
+    Returns:
+        Slot name -> float64 array: the sum over the policy's cohort size, however many contributed (rule P2).
+    """
+    mean = total.astype(np.float64) * (float(policy.grid or 0) / policy.cohort_size)
+    slots = policy.array_slots()
+    parts = np.split(mean, np.cumsum([math.prod(slot.shape) for slot in slots])[:-1])
+    return {slot.name: part.reshape(slot.shape) for slot, part in zip(slots, parts, strict=True)}
+
+
+def ring_sum(contributions: Iterable[np.ndarray]) -> np.ndarray:
+    """Sum vectors (P,) uint32 modulo 2^32, at least one; (P,) int64, the ring's upper half being the negative numbers.
+
+    Example:
+        >>> ring_sum([np.array([5, 2**32 - 3], dtype=np.uint32), np.array([1, 1], dtype=np.uint32)]).tolist()
+        [6, -2]
+    """
+    total = np.sum(list(contributions), axis=0, dtype=np.uint32)
+    return np.asarray(total.view(np.int32).astype(np.int64))
+
+
+def noised_sum(contributions: Iterable[np.ndarray], *, randomness: Randomness) -> np.ndarray:
+    """Sum integers and add the noise of trust ``central``.
+
+    Args:
+        contributions: (P,) integers each, of L2 norm at most the clip norm in steps of the grid; at least one.
+        randomness: Source of the noise; of the operating system's outside simulations.
+
+    Returns:
+        (P,) int64, the only thing about the contributions that may be kept.
+
+    Guarantee:
+        With a grid of zC / GRID_SIGMA this is the discrete Gaussian mechanism of noise multiplier z.
+    """
+    total = np.sum([contribution.astype(np.int64) for contribution in contributions], axis=0)
+    return np.asarray(total + randomness.gaussian_integers(len(total)))
 
 
 def momentum_step(

@@ -15,8 +15,8 @@ from server.rounds import Score
 from shared.adapter import Arrays, load_shared, load_start, within_bound
 from shared.assets import resolve
 from shared.campaign import Campaign
-from shared.config import Scenario
-from shared.datasets import Record, read
+from shared.config import DataConfig, Scenario
+from shared.datasets import Record, choose_users, read
 from shared.datasets.folder import SUFFIXES, read_folder
 from shared.errors import DataError
 from shared.features import Features, cached_features
@@ -49,7 +49,12 @@ class Holdout:
 
 
 def read_holdout(
-    format_name: str, source: str, *, columns: Mapping[str, str] | None = None, records: int = MAX_RECORDS
+    format_name: str,
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    records: int = MAX_RECORDS,
+    data: DataConfig | None = None,
 ) -> Holdout:
     """Read a hold-out.
 
@@ -59,6 +64,8 @@ def read_holdout(
         source: ``asset:NAME`` or a folder.
         columns: Of own records: what stands in which column.
         records: At most so many; of more, the same random ones every time.
+        data: Of the campaign's scenario. Where it sets users aside for tuning, a published hold-out is of them alone:
+            whether to go on is a choice too, and it must not be made on the campaign's own users.
 
     Raises:
         DataError: There is no record, or a file is not as its format says.
@@ -69,7 +76,10 @@ def read_holdout(
     if format_name in SUFFIXES:
         found: Sequence[Record] = read_folder(Path(source), format=format_name, columns=columns or {}).records
     else:
-        found = [record for user in read(format_name, resolve(source)).users for record in user.test]
+        dataset = read(format_name, resolve(source))
+        if data is not None and data.users != "all":
+            dataset = choose_users(dataset, "tuning", tuning_share=data.tuning_share)
+        found = [record for user in dataset.users for record in user.test]
     if not found:
         raise DataError(f"a hold-out must hold at least one record, {source} ({format_name}) has none; name another.")
     rows = np.random.default_rng(_SAMPLE_SEED).permutation(len(found))[:records]

@@ -11,36 +11,23 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from shared.enrolment import check_public_key
 from shared.errors import ServerError
 from shared.files import locked_folder, write_private
 
 REGISTER_FILE = "devices.json"
 _FORMAT: Literal["sottovoce devices 1"] = "sottovoce devices 1"
-_KEY_TYPES = ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521")
 _MAX_KEY_BYTES = 4096
+_CERTIFICATE_BYTES = 64
 
 
-def check_public_key(text: str) -> str:
-    """The one spelling, without a comment, of a device's public key: ECDSA on a NIST curve, in OpenSSH's format.
-
-    Raises:
-        ValueError: It is none.
-    """
-    words = text.split()
-    if len(text.strip().splitlines()) != 1 or words[0] not in _KEY_TYPES:
-        raise ValueError("it is no line 'ecdsa-sha2-nistp384 BASE64', as a device's .pub file holds")
-    try:
-        key = load_ssh_public_key(text.strip().encode())
-    except (ValueError, UnsupportedAlgorithm):
-        raise ValueError("its key is damaged") from None
-    if not isinstance(key, EllipticCurvePublicKey):
-        raise ValueError("its key is not ECDSA on a NIST curve")
-    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+def _check_certificate(text: str) -> str:
+    raw = base64.b64decode(text, validate=True)
+    if len(raw) != _CERTIFICATE_BYTES or base64.b64encode(raw).decode() != text:
+        raise ValueError("it is no signature in canonical base64")
+    return text
 
 
 class _Strict(BaseModel):
@@ -56,6 +43,7 @@ class Device(_Strict):
         seat: 0, 1, 2, …; what the rounds know it by.
         enrolled: When.
         revoked: When, or None while it may take part.
+        certificate: The operator's, of seat and key, in base64 (``server.credentials``); None until it is made.
     """
 
     name: Annotated[str, Field(pattern=r"\A[A-Za-z0-9._-]{1,64}\z")]
@@ -63,6 +51,7 @@ class Device(_Strict):
     seat: Annotated[int, Field(ge=0)]
     enrolled: AwareDatetime
     revoked: AwareDatetime | None = None
+    certificate: Annotated[str, AfterValidator(_check_certificate)] | None = None
 
 
 class _Register(_Strict):
@@ -158,6 +147,34 @@ def revoke(folder: Path, name: str, *, now: datetime) -> Device:
         return (*devices[: device.seat], ended, *devices[device.seat + 1 :]), ended
 
     return _change(folder, end)
+
+
+def fill_certificates(folder: Path, certify: Callable[[Device], bytes]) -> tuple[Device, ...]:
+    """Give a certificate to every device that has none and is not revoked.
+
+    Args:
+        folder: Of the server.
+        certify: Makes the certificate of a device.
+
+    Returns:
+        Every device, as ``read_register``.
+
+    Raises:
+        ServerError: The register is damaged; nothing is written.
+    """
+    with locked_folder(folder):
+        before = read_register(folder)
+        after = tuple(
+            device if device.certificate or device.revoked else _with_certificate(device, certify(device))
+            for device in before
+        )
+        if after != before:
+            write_private(folder / REGISTER_FILE, _as_file(_Register(devices=after)))
+    return after
+
+
+def _with_certificate(device: Device, certificate: bytes) -> Device:
+    return device.model_copy(update={"certificate": base64.b64encode(certificate).decode()})
 
 
 def key_fingerprint(public_key: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from server.app import run_rounds
 from server.checkpoint import Checkpoint, last_checkpoint
+from server.credentials import credentials
 from server.folder import ServerFolder
 from server.front import Front, start_front
 from server.judge import Judge
@@ -23,6 +24,7 @@ from shared.files import write_atomically
 from shared.flower import metered
 from shared.flower_control import Control, Node, key_bytes
 from shared.flower_tasks import Task, TaskError, Tasks
+from shared.secure_sum import Credential
 
 _WATCH_S = 1.0
 _ATTEMPTS = 3  # of a round with too few good replies
@@ -72,8 +74,12 @@ def serve(
         finally:
             on_round(checkpoint)
 
+    certified: dict[int, Credential] = {}
+
     def before_round(round_number: int) -> None:
         watch.wait_for_cohort(round_number, on_state)
+        if campaign.policy.secure_sum:
+            certified.update(credentials(server))
 
     checkpoints = campaign.folder / "checkpoints"
     with alone(server):
@@ -95,6 +101,7 @@ def serve(
                             on_round=after_round,
                             before_round=before_round,
                             attempts=_ATTEMPTS,
+                            credentials=certified,
                             accept_seeded=accept_seeded,
                         )
                 except TaskError:  # Flower was away for long, or knows the run no more
@@ -112,7 +119,7 @@ class _Watch:
 
     def __init__(self, server: ServerFolder, campaign: Campaign) -> None:
         self._server, self._campaign = server, campaign
-        self._link = SuperLink(server)
+        self._link = SuperLink(server, on_disk=campaign.policy.trust != "central")  # whose replies are not noised
         self._certificates = server.ca_certificate.read_bytes()
         self._since = _now()
         self._round = 0  # that was asked for last

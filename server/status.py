@@ -21,6 +21,7 @@ from server.rounds import Round, descent, read_rounds
 from shared.campaign import Campaign, read_campaign
 from shared.errors import SottovoceError
 
+_VOID = "VOID"  # under the rejected: a round of which nothing was used
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -82,7 +83,10 @@ def _describe(campaign: Campaign) -> dict[str, Any]:
         "rolled_back_to": at.rolled_back_to,
         "cohort": policy.cohort_size,
         "replies": at.total.replies,
-        "rejected": dict(at.total.rejected),
+        "rejected": {code: count for code, count in at.total.rejected.items() if code != _VOID},
+        "void": at.total.rejected.get(_VOID, 0),
+        "unit": policy.unit,
+        "trust": policy.trust,
         "bytes_up": at.total.bytes_up,
         "bytes_down": at.total.bytes_down,
         "holdout": _scores(line),
@@ -162,13 +166,19 @@ def _campaign_lines(found: Mapping[str, Any]) -> list[str]:
     back = f", rolled back to round {found['rolled_back_to']}" if found["rolled_back_to"] is not None else ""
     return [
         f"campaign {found['name']} (policy {found['policy_sha256'][:16]}): round {found['round']} of "
-        f"{found['rounds']}{back}",
+        f"{found['rounds']}{back}; hides one {found['unit']}, trust {found['trust']}",
         f"  replies: {found['replies']} used, {sum(found['rejected'].values())} not"
         + (f" ({', '.join(f'{code} {count}' for code, count in rejected)})" if rejected else ""),
+        *_void_lines(found["void"]),
         f"  bytes: {found['bytes_up']:,} up, {found['bytes_down']:,} down",
         *_score_lines(found["holdout"]),
         *(f"  {line}" for line in cost_lines(Cost(**found["cost"]))),
     ]
+
+
+def _void_lines(count: int) -> list[str]:
+    words = "too few devices stayed, so no sum was opened and the arrays stayed; what they cost stays spent"
+    return [f"  void rounds: {count} ({words})"] if count else []
 
 
 def _score_lines(scores: Mapping[str, Any] | None) -> list[str]:

@@ -2,22 +2,32 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from server.aggregate import SERVER_OPTIMIZERS, mean_update
+from server.aggregate import (
+    SERVER_OPTIMIZERS,
+    OptimizerState,
+    mean_of_sum,
+    mean_update,
+    noised_sum,
+    ring_sum,
+)
 from server.checkpoint import Checkpoint, Counts
 from server.gate import RejectedReply, check_reply
 from shared import wire
 from shared.adapter import MAX_ABS_VALUE, Arrays, within_bound
 from shared.campaign import Campaign
-from shared.errors import CampaignError, TooFewRepliesError
+from shared.errors import CampaignError, SecureSumError, TooFewRepliesError, VoidRoundError
 from shared.flower import one_line
+from shared.noise import Randomness, SecureRandomness
+from shared.policy import SUM
 
 _log = logging.getLogger("sottovoce.server")
 
@@ -34,6 +44,7 @@ class EqualWeights(Strategy):
         roster: Node id -> the device's seat, its fixed number in the public roster. Node ids are Flower's and may
             change from run to run; who is asked, and the order of a sum, depend on seats alone.
         fatal: Rejection codes that stop the campaign at once instead of losing one device.
+        noise: Where the noise of a round comes from that trust ``central`` has the server add; for simulations.
         accept_seeded: For tests, see ``check_reply``.
 
     Attributes:
@@ -49,9 +60,11 @@ class EqualWeights(Strategy):
         *,
         roster: Mapping[int, int],
         fatal: Collection[str] = (),
+        noise: Callable[[int], Randomness] | None = None,
         accept_seeded: bool = False,
     ) -> None:
         self.campaign = campaign
+        self._noise = noise or (lambda _: SecureRandomness())
         self._accept_seeded = accept_seeded
         self.checkpoint = checkpoint
         self._roster = roster
@@ -60,26 +73,42 @@ class EqualWeights(Strategy):
         self.rejected: Counter[str] = Counter()
         self._policy_sha256 = campaign.policy.sha256
         self._cohort: dict[int, int] = {}  # node id -> seat
+        self._asked: Collection[int] = ()  # seats that were asked to train
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One request for each device of the round's cohort; ``arrays`` and ``config`` are those of the checkpoint."""
         del arrays, config
-        shared, answered = wire.pack_arrays(self.checkpoint.arrays), self.checkpoint.answered
-        timeout_s = self.campaign.scenario.federation.round_timeout_s
+        self._begin(server_round, grid)
+        return self._requests(server_round, dict.fromkeys(self._cohort.values(), b""))
+
+    def _begin(self, server_round: int, grid: Grid) -> None:
+        """Choose who is asked."""
         roster = dict(self._roster)  # it may change meanwhile
         present = {roster[node]: node for node in grid.get_node_ids() if node in roster}
         self._cohort = self._choose_cohort(server_round, present)
+        self.rejected = Counter()
+
+    def _requests(self, server_round: int, bodies: Mapping[int, bytes]) -> Iterator[Message]:
+        """Requests to train, one for each seat with a body."""
+        self._asked = bodies.keys()
+        shared, answered = wire.pack_arrays(self.checkpoint.arrays), self.checkpoint.answered
         for node, seat in self._cohort.items():
-            content = wire.pack_request(
-                shared,
-                round_number=server_round,
-                policy_sha256=self._policy_sha256,
-                answered=answered.get(seat, 0),
-            )
-            # ttl and group keep a device that comes back late from answering an old round
-            yield Message(content, dst_node_id=node, message_type="train", ttl=timeout_s, group_id=str(server_round))
+            if seat in bodies:
+                content = wire.pack_request(
+                    shared,
+                    round_number=server_round,
+                    policy_sha256=self._policy_sha256,
+                    answered=answered.get(seat, 0),
+                    body=bodies[seat],
+                )
+                yield self._message(content, node, "train", server_round)
+
+    def _message(self, content: RecordDict, node: int, kind: str, server_round: int) -> Message:
+        """A message whose ttl and group keep a device that comes back late from answering an old round."""
+        timeout_s = self.campaign.scenario.federation.round_timeout_s
+        return Message(content, dst_node_id=node, message_type=kind, ttl=timeout_s, group_id=str(server_round))
 
     def _choose_cohort(self, server_round: int, node_at: Mapping[int, int]) -> dict[int, int]:
         """The seats asked least often so far, ties broken by a seeded shuffle: nobody is asked twice in a pass."""
@@ -96,45 +125,89 @@ class EqualWeights(Strategy):
 
         Raises:
             CampaignError: Fewer good replies than ``federation.min_reply_share`` of the cohort, or a fatal one.
+            VoidRoundError: Under trust ``distributed``, fewer than may be summed.
         """
-        policy, federation = self.campaign.policy, self.campaign.scenario.federation
-        self.rejected = Counter()
+        updates = self._accept(server_round, replies)
+        self._check_faults(server_round)
+        self._advance(server_round, self._mean(server_round, updates), updates)
+        return None, None
+
+    def _accept(self, server_round: int, replies: Iterable[Message]) -> dict[int, Arrays]:
+        """Good replies by seat; the others are counted by code."""
         updates: dict[int, Arrays] = {}
-        silent = set(self._cohort.values())
-        for reply in replies:
-            seat = self._cohort.get(reply.metadata.src_node_id)
-            silent.discard(-1 if seat is None else seat)
-            try:
-                if reply.has_error():  # made by Flower, and not always in the device's name
-                    _log.warning("round %d: %s", server_round, one_line(reply.error.reason))
-                    raise RejectedReply("ERROR")
-                if seat is None or seat in updates:
-                    raise RejectedReply("NOT_ASKED" if seat is None else "DUPLICATE")
+        for seat, reply in self._from(self._asked, server_round, replies):
+            with self._counting():
+                if seat in updates:
+                    raise RejectedReply("DUPLICATE")
                 updates[seat] = check_reply(
                     reply,
-                    policy=policy,
+                    policy=self.campaign.policy,
                     policy_sha256=self._policy_sha256,
                     round_number=server_round,
                     accept_seeded=self._accept_seeded,
                 )
-            except RejectedReply as rejection:
-                self.rejected[rejection.code] += 1
-        if silent:
-            self.rejected["NO_REPLY"] = len(silent)
         self.accepted = len(updates)
+        return updates
+
+    def _from(
+        self, asked: Iterable[int], server_round: int, replies: Iterable[Message]
+    ) -> Iterator[tuple[int, Message]]:
+        """Seat and reply of the seats that were asked; errors, strangers and the silent are counted."""
+        silent = set(asked)
+        for reply in replies:
+            seat = self._cohort.get(reply.metadata.src_node_id)
+            silent.discard(-1 if seat is None else seat)
+            if reply.has_error():  # made by Flower, and not always in the device's name
+                _log.warning("round %d: %s", server_round, one_line(reply.error.reason))
+                self.rejected["ERROR"] += 1
+            elif seat is None:
+                self.rejected["NOT_ASKED"] += 1
+            else:
+                yield seat, reply
+        if silent:
+            self.rejected["NO_REPLY"] += len(silent)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Lose one device to its bad reply, never the round."""
+        try:
+            yield
+        except (RejectedReply, SecureSumError) as rejection:
+            self.rejected[rejection.code] += 1
+
+    def _check_faults(self, server_round: int) -> None:
         broken = sorted(self._fatal & set(self.rejected))
         if broken:
             raise CampaignError(
                 f"every device must answer in a simulation; in round {server_round} {self.rejected[broken[0]]} did not "
                 f"({broken[0]}); a run with engine inline logs where. Finished rounds are kept: mend it, then --resume."
             )
-        if self.accepted < federation.min_reply_share * policy.cohort_size:
+
+    def _mean(self, server_round: int, updates: Mapping[int, Arrays]) -> Mapping[str, np.ndarray]:
+        """What the replies together say, noised where it is the server that noises."""
+        policy, federation = self.campaign.policy, self.campaign.scenario.federation
+        if policy.secure_sum and len(updates) < policy.secure_sum.min_survivors:
+            raise VoidRoundError(
+                f"round {server_round} is void: a sum needs {policy.secure_sum.min_survivors} contributions, got "
+                f"{len(updates)} (rejected: {dict(self.rejected) or 'none'})."
+            )
+        if len(updates) < federation.min_reply_share * policy.cohort_size:
             raise TooFewRepliesError(
                 f"round {server_round} needs {federation.min_reply_share:.0%} of {policy.cohort_size} replies, got "
-                f"{self.accepted} (rejected: {dict(self.rejected) or 'none'}); the last checkpoint is kept."
+                f"{len(updates)} (rejected: {dict(self.rejected) or 'none'}); the last checkpoint is kept."
             )
-        # Sorted, so that the sum does not depend on the order in which replies came in.
-        mean = mean_update((updates[seat] for seat in sorted(updates)), denominator=policy.cohort_size)
+        # Sorted, so that a sum of floats does not depend on the order in which replies came in.
+        ordered = [updates[seat] for seat in sorted(updates)]
+        if policy.trust == "central":
+            total = noised_sum((each[SUM] for each in ordered), randomness=self._noise(server_round))
+            return mean_of_sum(total, policy=policy)
+        if policy.trust == "distributed":
+            return mean_of_sum(ring_sum(each[SUM] for each in ordered), policy=policy)
+        return mean_update(ordered, denominator=policy.cohort_size)
+
+    def _advance(self, server_round: int, mean: Mapping[str, np.ndarray], answered: Iterable[int]) -> None:
+        """Move the shared arrays along the mean change."""
+        federation = self.campaign.scenario.federation
         arrays, optimizer = SERVER_OPTIMIZERS[federation.server_optimizer](
             self.checkpoint.arrays, self.checkpoint.optimizer, mean, federation
         )
@@ -143,6 +216,16 @@ class EqualWeights(Strategy):
                 f"the shared arrays must stay finite and within {MAX_ABS_VALUE:g} after round {server_round}; training "
                 "diverged or a device sent poison. Lower the learning rates; the last checkpoint is kept."
             )
+        self._finish(server_round, arrays, optimizer, answered)
+
+    def void(self, server_round: int, reason: VoidRoundError) -> None:
+        """End a round of which nothing may be used: the shared arrays stay, its number is never asked for again."""
+        _log.warning("%s", reason)
+        self.rejected["VOID"] += 1
+        self.accepted = 0
+        self._finish(server_round, self.checkpoint.arrays, self.checkpoint.optimizer, ())
+
+    def _finish(self, server_round: int, arrays: Arrays, optimizer: OptimizerState, answered: Iterable[int]) -> None:
         latest = Counts(self.accepted, dict(self.rejected))
         self.checkpoint = Checkpoint(
             server_round,
@@ -150,11 +233,10 @@ class EqualWeights(Strategy):
             arrays,
             optimizer,
             participations=_one_more(self.checkpoint.participations, self._cohort.values()),
-            answered=_one_more(self.checkpoint.answered, updates),
+            answered=_one_more(self.checkpoint.answered, answered),
             latest=latest,
             total=self.checkpoint.total + latest,
         )
-        return None, None
 
     def count_bytes(self, *, up: int, down: int) -> None:
         """Add what the last round sent to its checkpoint; only the grid knows."""

@@ -22,14 +22,17 @@ class SuperLink:
 
     Args:
         server: Whose keys, certificates and state it uses.
+        on_disk: Whether messages go through a file. Without, a restart forgets the run, and another one is begun; what
+            devices sent is nowhere but in memory.
 
     Attributes:
         port: Where it listens, on loopback only.
         starts: How often it was started.
     """
 
-    def __init__(self, server: ServerFolder) -> None:
+    def __init__(self, server: ServerFolder, *, on_disk: bool = True) -> None:
         self._server = server
+        self._database = str(server.state / "superlink.db") if on_disk else ":flwr-in-memory:"
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
         self.starts = 0
@@ -59,7 +62,7 @@ class SuperLink:
         command += ["--ssl-certfile", str(server.certificate), "--ssl-keyfile", str(server.certificate_key)]
         command += ["--enable-supernode-auth", "--isolation", "process"]
         command += ["--superexec-auth-secret-file", str(server.executor_secret)]
-        command += ["--database", str(server.state / "superlink.db"), "--disable-runtime-dependency-installation"]
+        command += ["--database", self._database, "--disable-runtime-dependency-installation"]
         environment = flower_environment(server.state / "flower")
         self._process = start(command, environment=environment, folder=server.state, log=self._log)
         self.starts += 1

@@ -111,7 +111,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], slots: Sequence[Slot]) -> Non
 
 
 def make_start(head: Head, public: Features, *, ridge: float, seed: int) -> Arrays:
-    """Compute the campaign's public start: whitening from public texts, LoRA A from a public seed, zeros elsewhere.
+    """Compute the campaign's public start: whitening and kernel of public texts, LoRA A of a public seed, else zeros.
 
     Args:
         head: A fresh head; left with the start loaded.

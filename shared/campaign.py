@@ -19,21 +19,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from shared.adapter import Arrays, shared_slots
+from shared.compatible import check_compatible, check_extensions, check_family, choices
 from shared.config import Scenario, load_scenario
 from shared.errors import CampaignError, PrivacyError
 from shared.head import Head, make_head
+from shared.kernel import ANCHORS
 from shared.model import Base
-from shared.policy import (
-    Policy,
-    check_compatible,
-    check_extensions,
-    check_family,
-    check_price,
-    choices,
-    hash_arrays,
-    hash_settings,
-    read_policy,
-)
+from shared.policy import Policy, hash_arrays, hash_settings, read_policy
+from shared.promise import check_price
 from shared.signing import check_signature, policy_sha256
 
 
@@ -59,7 +52,7 @@ class Campaign:
                 "use the base the campaign was made with."
             )
         check_family(self.policy, base.extension)
-        head = make_head(base, self.scenario)
+        head = make_head(base, self.scenario, public_texts=len(self.start.get(ANCHORS, ())))
         found = tuple((slot.name, slot.shape) for slot in shared_slots(head))
         if found != self.policy.slots:
             raise CampaignError(f"what trains must be the policy's slots {self.policy.slots}, the head has {found}.")

@@ -4,12 +4,23 @@ import math
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Protocol
 
-from shared.accounting import Mechanism, epsilon
+from shared.accounting import AnyMechanism, DistributedMechanism, Mechanism, epsilon
 from shared.errors import PrivacyError
 
+if TYPE_CHECKING:
+    from shared.policy import Policy
+
 RELATION = "one training record added or removed"
-TRUST = {"local": "nobody (local noise on each device)", "none": "everyone"}
+USER_RELATION = "one user's contribution to every round replaced by zero, the roster being public"
+TRUST = {
+    "local": "nobody (local noise on each device)",
+    "distributed": "a server that follows the protocol, with fewer than t of a device's neighbours and at most c "
+    "devices colluding with it; it enrols devices, so it must not enrol fakes",
+    "central": "the server (noise is added there)",
+    "none": "everyone",
+}
 NOISE = {
     "seeded": "this is what a deployment with these settings would spend; this simulation's noise is seeded, "
     "its seeds are in the run folder",
@@ -32,6 +43,7 @@ class Claim:
         accountant: What priced it, with version.
         max_participations: Rounds one device may join.
         noise: Key of ``NOISE``.
+        terms: The numbers that the trust rests on, as ``"t = 7 of 10 neighbours"``; empty without any.
 
     Raises:
         PrivacyError: Trust or noise is unknown, or the fields contradict each other.
@@ -46,6 +58,7 @@ class Claim:
     accountant: str
     max_participations: int
     noise: str
+    terms: str = ""
 
     def __post_init__(self) -> None:
         if self.trust not in TRUST or self.noise not in NOISE:
@@ -66,8 +79,9 @@ class Claim:
 
     def sentence(self) -> str:
         """Say the claim in one sentence that names every field; epsilon is rounded up to three digits."""
+        trust = TRUST[self.trust] + (f" ({self.terms})" if self.terms else "")
         details = (
-            f"neighbours: {self.relation}; trust: {TRUST[self.trust]}; sampling: {self.sampling}; "
+            f"neighbours: {self.relation}; trust: {trust}; sampling: {self.sampling}; "
             f"accountant: {self.accountant}; rounds per device: at most {self.max_participations}; "
             f"noise: {NOISE[self.noise]}."
         )
@@ -75,6 +89,47 @@ class Claim:
             return f"NOT PRIVATE: no epsilon, no delta; unit: {self.unit}; {details}"
         bounds = f"(epsilon = {_round_up(self.epsilon)}, delta = {float(self.delta)})"
         return f"{self.unit.capitalize()}-level {bounds}-differential privacy, {details}"
+
+
+class SumTerms(Protocol):
+    """What a policy says about its secure sum."""
+
+    @property
+    def neighbours(self) -> int:
+        """Devices each device shares masks and secrets with."""
+
+    @property
+    def threshold(self) -> int:
+        """Neighbours t who together can open a device's secrets."""
+
+    @property
+    def min_survivors(self) -> int:
+        """Contributions a sum must have, or it is not opened."""
+
+    @property
+    def colluders(self) -> int:
+        """Devices c among them whose noise may be known."""
+
+
+def claim_of(policy: "Policy", *, noise: str = "seeded") -> Claim:
+    """State what a policy promises, whatever its unit and trust.
+
+    Args:
+        policy: Its constants are priced, its stated epsilon is not read.
+        noise: Key of ``NOISE``: where the bits come from; ``"none"`` is what a policy without a promise gets.
+
+    Raises:
+        PrivacyError: As ``record_claim`` and ``user_claim``.
+    """
+    if policy.delta is None:
+        return no_claim(max_participations=policy.max_participations)
+    if policy.unit == "user":
+        return user_claim(
+            policy.mechanism, delta=policy.delta, trust=policy.trust, secure_sum=policy.secure_sum, noise=noise
+        )
+    if not isinstance(policy.mechanism, Mechanism):
+        raise PrivacyError("a secure sum must be claimed for users, the policy's unit is record; set privacy.unit.")
+    return record_claim(policy.mechanism, delta=policy.delta, noise=noise)
 
 
 def record_claim(mechanism: Mechanism, *, delta: float, noise: str = "seeded") -> Claim:
@@ -102,9 +157,52 @@ def record_claim(mechanism: Mechanism, *, delta: float, noise: str = "seeded") -
         epsilon=epsilon(mechanism, delta=delta),
         delta=delta,
         sampling=f"{how} ({mechanism.steps} per round)",
-        accountant=f"dp-accounting {version('dp-accounting')}, privacy loss distributions",
+        accountant=_accountant(mechanism),
         max_participations=mechanism.max_participations,
         noise=noise,
+    )
+
+
+def user_claim(
+    mechanism: AnyMechanism, *, delta: float, trust: str, secure_sum: SumTerms | None = None, noise: str = "seeded"
+) -> Claim:
+    """Price a campaign under ``privacy.unit = "user"`` and state all of it.
+
+    Args:
+        mechanism: What is released of one user: one noisy sum a round.
+        delta: In [1e-12, 1).
+        trust: ``"central"`` with a ``Mechanism``, ``"distributed"`` with a ``DistributedMechanism``.
+        secure_sum: Under ``"distributed"``: its terms.
+        noise: Key of ``NOISE``: where the bits come from.
+
+    Returns:
+        The claim, its epsilon from ``epsilon()``.
+
+    Raises:
+        PrivacyError: ``delta`` is impossible, the mechanism has no finite price, or it is not what ``trust`` releases.
+    """
+    if isinstance(mechanism, DistributedMechanism):
+        honest = secure_sum.min_survivors - secure_sum.colluders if secure_sum else None
+        fits = trust == "distributed" and mechanism.shares == honest
+    else:
+        fits = trust == "central" and secure_sum is None and mechanism.sampling_rate == 1 == mechanism.steps
+    if not fits:
+        raise PrivacyError(
+            "a claim for users must be of one whole sum a round, noised by the server under trust 'central', or under "
+            "'distributed' by survivors who do not collude, as many as are priced; "
+            f"got trust {trust!r} and {type(mechanism).__name__}."
+        )
+    return Claim(
+        trust=trust,
+        unit="user",
+        relation=USER_RELATION,
+        epsilon=epsilon(mechanism, delta=delta),
+        delta=delta,
+        sampling="none, every round that a device joins is priced",
+        accountant=_accountant(mechanism),
+        max_participations=mechanism.max_participations,
+        noise=noise,
+        terms=_words(secure_sum) if secure_sum else "",
     )
 
 
@@ -120,6 +218,22 @@ def no_claim(*, max_participations: int) -> Claim:
         accountant="none",
         max_participations=max_participations,
         noise="none",
+    )
+
+
+def _accountant(mechanism: AnyMechanism) -> str:
+    if isinstance(mechanism, DistributedMechanism):
+        return (
+            "zCDP of sums of discrete Gaussians, Kairouz et al. 2021 (arXiv:2102.06387), converted as in Canonne et "
+            "al. 2020 (arXiv:2004.00010)"
+        )
+    return f"dp-accounting {version('dp-accounting')}, privacy loss distributions"
+
+
+def _words(terms: SumTerms) -> str:
+    return (
+        f"t = {terms.threshold} of {terms.neighbours} neighbours; c = {terms.colluders} of at least "
+        f"{terms.min_survivors} survivors, so that {terms.min_survivors - terms.colluders} shares of noise are unknown"
     )
 
 

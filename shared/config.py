@@ -21,6 +21,8 @@ FiniteFloat = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+NaturalCount = Annotated[int, Field(ge=0, le=1_000_000)]
+KernelWidth = Annotated[float, Field(ge=1e-3, le=1e3)]  # narrower ones would make rounding errors of a cosine large
 
 
 def _named(kind: str, *built_in: str, setting: str) -> AfterValidator:
@@ -55,6 +57,8 @@ class DataConfig(Settings):
 
     format: FormatName = "movielens-100k"
     source: str = "asset:ml-100k"  # asset:NAME, or a folder that holds the published files
+    users: Literal["all", "tuning", "campaign"] = "all"  # tuning: for choosing constants; campaign: all others
+    tuning_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the users, by a public hash of their ids
 
 
 class TaskConfig(Settings):
@@ -94,9 +98,24 @@ class AdapterConfig(Settings):
     rank: Count = 4
     scaling: Positive = 2.0  # LoRA's alpha / rank: how far one unit of B moves a layer
     targets: tuple[str, ...] = ("output.dense",)  # the top layer: nothing below it needs a backward pass
-    whitened_features: Count | Literal["all"] = "all"  # leading directions of the public texts' features
+    whitened_features: NaturalCount | Literal["all"] = "all"  # leading directions of the public texts' features
     whitening_ridge: NonNegative = 0.02  # share of the largest eigenvalue added to every one
-    constant_feature: Positive = 0.7  # the output's bias, as a feature of the same size as the others
+    constant_feature: NonNegative = 0.7  # the output's bias, as a feature of the same size as the others; 0: none
+    kernel_features: NaturalCount | Literal["all"] = 0  # leading directions of a kernel between the public texts
+    kernel_widths: tuple[KernelWidth, ...] = (0.3, 0.02)  # of 1 - cosine: for similar texts, and for the very text
+    kernel_weights: tuple[Positive, ...] = (0.5, 0.5)  # one a width; their sum bounds a text's squared norm
+    kernel_scale: Positive = 1.0  # size of the kernel features beside the others
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.whitened_features and not self.kernel_features:
+            raise ValueError("adapter.whitened_features must be at least 1 where adapter.kernel_features is 0, got 0.")
+        if not len(self.kernel_widths) == len(self.kernel_weights) >= 1:
+            raise ValueError(
+                "adapter.kernel_weights must hold one number for each of adapter.kernel_widths, at least one, "
+                f"got {len(self.kernel_weights)} for {len(self.kernel_widths)}."
+            )
+        return self
 
 
 class FederationConfig(Settings):
@@ -118,22 +137,26 @@ class FederationConfig(Settings):
 class TrainingConfig(Settings):
     """The local step on a device."""
 
-    steps: Annotated[int, Field(ge=1, le=10_000)] = 1  # noisy steps per round, exactly this many
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 1  # per round, exactly this many; at unit record each is noisy
     learning_rate: Positive = 1.0  # with one step a round the server's rate is the one that matters
+    record_exponent: Annotated[float, Field(ge=0, le=1)] = 0.5  # unit user: a sum over n records is divided by n^this
 
 
 class PrivacyConfig(Settings):
     """Everything that changes the guarantee. A run states all of it or claims nothing."""
 
-    trust: Literal["local", "none"] = "local"
-    unit: Literal["record"] = "record"
+    trust: Literal["local", "distributed", "central", "none"] = "local"
+    unit: Literal["record", "user"] = "record"
     epsilon: Positive = 8.0
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
-    clip_norm: Positive = 0.7
+    clip_norm: Positive = 0.7  # of one record's gradient; at unit user, of a user's whole change
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 = full batch: no sampling assumption at all
     denominator: Positive = 64.0  # public constant the summed gradient is divided by, never a batch size
     max_participations: Count = 20  # rounds one device may join in the whole campaign
     added_records: Literal["next-round", "next-campaign"] = "next-round"  # when a device uses one it gets meanwhile
+    survivors: Annotated[float, Field(gt=0, le=1)] = 0.8  # distributed: a round with a smaller share of them is void
+    colluders: Annotated[float, Field(ge=0, lt=1)] = 0.1  # distributed: share of the cohort whose noise may be known
+    neighbours: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"  # distributed: each device shares masks with
 
 
 class PersonalConfig(Settings):
@@ -148,19 +171,39 @@ class PersonalConfig(Settings):
 
 
 class LinearConfig(Settings):
-    """The comparison campaign with a linear head (head_blocks = 0) on the same data; empty means 'as the main one'."""
+    """The comparison campaign with a linear head on whitened features, no blocks and no kernel, on the same data.
+
+    Empty means 'as the main one'.
+    """
 
     enabled: bool = True
     rounds: Count | None = None
     cohort_size: Count | Literal["all"] | None = None
     max_participations: Count | None = None
     learning_rate: Positive | None = None
+    server_optimizer: Literal["momentum", "adam"] | None = None
     server_learning_rate: Positive | None = None
     server_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     clip_norm: Positive | None = None
     whitened_features: Count | Literal["all"] | None = None
+    constant_feature: NonNegative | None = None
     steps: Count | None = None
     sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class StatisticsConfig(Settings):
+    """The comparison row ``dp-statistics``: one release of item statistics, as private as the campaign, smoothed.
+
+    Ratings count from -1 to 1 here. Chosen on validation rows at unit user, epsilon 8: ``sottovoce bench statistics``.
+    """
+
+    enabled: bool = True
+    count_weight: Positive = 0.3  # of a count beside a rating: counts need less precision
+    variance: Positive = 0.05  # of a text's mean rating
+    text_share: Annotated[float, Field(ge=0, le=1)] = 0.8  # of that variance that similar texts have in common
+    width: Positive = 0.3  # of the kernel exp((cosine - 1) / width) of two texts
+    rating_variance: NonNegative = 0.3  # of single ratings about their text's mean
+    records_per_user: Positive = 70.0  # a guess, never a count: at unit user it sets how much one rating weighs
 
 
 class ExportConfig(Settings):
@@ -189,6 +232,7 @@ class PerformanceConfig(Settings):
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None  # of ray; by default one for each processor
     ray_address: str = ""  # of a Ray cluster that runs already; empty starts one on this machine
     micro_batch: Count = 1024  # tokens per forward pass; the sum of clipped gradients does not see it
+    secure_sum: Literal["plain", "masked"] = "plain"  # of a simulation: masks cost time and change no bit of the sum
 
 
 class Scenario(Settings):
@@ -205,6 +249,7 @@ class Scenario(Settings):
     privacy: PrivacyConfig = PrivacyConfig()
     personal: PersonalConfig = PersonalConfig()
     linear: LinearConfig = LinearConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
     export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     performance: PerformanceConfig = PerformanceConfig()
@@ -215,9 +260,12 @@ class Scenario(Settings):
 
     def linear_campaign(self) -> "Scenario | None":
         """The same experiment with a linear head, or None when it is off or would be this very campaign."""
-        if not self.linear.enabled or self.model.head_blocks == 0:
+        adapter = self.adapter
+        if not self.linear.enabled or (self.model.head_blocks == 0 and not adapter.kernel_features):
             return None
         changed: dict[str, dict[str, Any]] = {"model": {"head_blocks": 0}}
+        if adapter.kernel_features:
+            changed["adapter"] = {"kernel_features": 0, "whitened_features": adapter.whitened_features or "all"}
         for field, table in _LINEAR_FIELDS.items():
             value = getattr(self.linear, field)
             if value is not None:
@@ -229,6 +277,7 @@ class Scenario(Settings):
 _LINEAR_FIELDS = {
     "rounds": "federation",
     "cohort_size": "federation",
+    "server_optimizer": "federation",
     "server_learning_rate": "federation",
     "server_momentum": "federation",
     "max_participations": "privacy",
@@ -237,6 +286,7 @@ _LINEAR_FIELDS = {
     "learning_rate": "training",
     "steps": "training",
     "whitened_features": "adapter",
+    "constant_feature": "adapter",
 }
 
 
@@ -322,7 +372,7 @@ _ADVICE = {
     "privacy.delta": "A common choice is below 1 / number of clients.",
     "privacy.epsilon": 'A common choice is between 1 and 8; for no privacy set privacy.trust = "none".',
     "privacy.sampling_rate": "1 takes every record in every step.",
-    "privacy.trust": "Other trust models are not in this version.",
+    "privacy.trust": "local protects records; distributed and central protect users.",
 }
 
 

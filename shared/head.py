@@ -5,7 +5,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from shared.config import Scenario
 from shared.errors import ScenarioError
 from shared.features import Features
+from shared.kernel import Kernel
 from shared.lora import FEDERATION_METHODS, FederationMethod, inject
 from shared.model import Base
 from shared.registry import lookup
 from shared.tasks import IGNORE
 
+_NO_KERNEL = np.zeros(0, dtype=np.float32)
 _CHUNK_TOKENS = 128  # whose logits are in memory at once: 25 MB each for a vocabulary of 50,000
 
 
@@ -29,13 +31,15 @@ class Head(nn.Module):
     Args:
         base: The frozen base; its top blocks are copied, so heads never share state with it or with each other.
         scenario: Number of blocks, adapter and federation method.
+        public_texts: How many the campaign has: the anchors of a kernel, where the head has one.
 
     Raises:
         ScenarioError: The scenario does not fit the base.
     """
 
-    def __init__(self, base: Base, scenario: Scenario) -> None:
+    def __init__(self, base: Base, scenario: Scenario, *, public_texts: int = 0) -> None:
         super().__init__()
+        del public_texts
         self.base = (base,)  # a tuple, so that the whole base is not registered as a submodule
         count = base.head_blocks(scenario.model.head_blocks)
         self.first_block = base.num_blocks - count
@@ -81,10 +85,23 @@ class Head(nn.Module):
         return features
 
 
-class RatingHead(Head):
-    """Pooling, public whitening and one linear output; the loss is half the squared error."""
+class OutputLayer(NamedTuple):
+    """The output folded onto pooled features x: prediction = x @ weight + bias + k(x, anchors) @ kernel.
 
-    def __init__(self, base: Base, scenario: Scenario) -> None:
+    Attributes:
+        weight: (d,).
+        kernel: (M,), one for each public text; (0,) where the head has no kernel.
+    """
+
+    weight: np.ndarray
+    bias: float
+    kernel: np.ndarray = _NO_KERNEL
+
+
+class RatingHead(Head):
+    """Pooling, public whitening and kernel features, and one linear output; the loss is half the squared error."""
+
+    def __init__(self, base: Base, scenario: Scenario, *, public_texts: int = 0) -> None:
         super().__init__(base, scenario)
         adapter = scenario.adapter
         width = base.hidden_size if adapter.whitened_features == "all" else adapter.whitened_features
@@ -97,7 +114,9 @@ class RatingHead(Head):
         self.mean = nn.Parameter(torch.zeros(base.hidden_size))
         self.whitening = nn.Parameter(torch.zeros(base.hidden_size, width))
         self.constant = nn.Parameter(torch.tensor([adapter.constant_feature]))
-        self.output = nn.Linear(width + 1, 1, bias=False)
+        self.kernel = Kernel(base.hidden_size, public_texts, adapter) if adapter.kernel_features else None
+        count = len(self.kernel.offset) if self.kernel else 0
+        self.output = nn.Linear(width + count + 1, 1, bias=False)
         nn.init.zeros_(self.output.weight)
         self._train_only(scenario.federation.method)
 
@@ -107,12 +126,15 @@ class RatingHead(Head):
         return base.pool(self.run_blocks(hidden, mask), mask) if len(self.blocks) else hidden[:, 0]
 
     def project(self, pooled: Tensor) -> Tensor:
-        """Pooled features (B, d) -> whitened features and the constant, (B, whitened_features + 1)."""
-        whitened = (pooled - self.mean) @ self.whitening
-        return torch.cat([whitened, self.constant.expand(len(whitened), 1)], dim=1)
+        """Pooled features (B, d) -> whitened features, kernel features and the constant, (B, their number)."""
+        centred = pooled - self.mean
+        parts = [centred @ self.whitening, self.constant.expand(len(centred), 1)]
+        if self.kernel:
+            parts.insert(1, self.kernel(centred))
+        return torch.cat(parts, dim=1)
 
     def whiten(self, public: Features, *, ridge: float) -> None:
-        """Divide the leading principal directions of the public texts' pooled features by their spread.
+        """Divide the leading principal directions of the public texts' pooled features by their spread; fit the kernel.
 
         One clipping bound then suits them all; their size makes the mean squared norm of a whitened feature 1.
 
@@ -134,6 +156,8 @@ class RatingHead(Head):
         with torch.no_grad():
             self.mean.copy_(torch.from_numpy(mean))
             self.whitening.copy_(torch.from_numpy(whitening))
+        if self.kernel:
+            self.kernel.fit(features - mean)
 
     @torch.no_grad()
     def prepare(self, features: Features) -> Features:
@@ -155,23 +179,39 @@ class RatingHead(Head):
         errors = self.predict(hidden, mask) - targets
         return 0.5 * errors * errors
 
-    def output_layer(self) -> tuple[np.ndarray, float]:
-        """The output folded onto unwhitened features: weight (d,) and bias, so that prediction = x @ w + b."""
+    def output_layer(self) -> OutputLayer:
+        """The output folded onto pooled features that are neither whitened nor projected."""
         weight = self.output.weight[0].detach().double()
-        folded = self.whitening.double() @ weight[:-1]
+        width = self.whitening.shape[1]
+        folded, rest = self.whitening.double() @ weight[:width], weight[width:-1]
         bias = self.centre + weight[-1] * self.constant[0].double() - self.mean.double() @ folded
-        return folded.float().cpu().numpy(), float(bias)
+        if self.kernel:
+            bias = bias - self.kernel.offset.double() @ rest
+            rest = self.kernel.projection.double() @ rest
+        return OutputLayer(folded.float().cpu().numpy(), float(bias), rest.float().cpu().numpy())
+
+    @torch.no_grad()
+    def apply_output(self, pooled: np.ndarray, output: OutputLayer) -> np.ndarray:
+        """Pooled features (n, d) -> predictions (n,) float64 of a folded output, which may hold a private part."""
+        predictions: np.ndarray = pooled.astype(np.float64) @ output.weight + output.bias
+        if self.kernel:
+            centred = torch.from_numpy(pooled).to(self.device).double() - self.mean.double()
+            columns = torch.from_numpy(output.kernel).to(centred)[:, None]  # (M, 1)
+            predictions += self.kernel.combine(centred, columns)[:, 0].cpu().numpy()
+        return predictions
 
 
 class CausalHead(Head):
     """A language model's own output over its vocabulary, frozen; the loss is that of the response alone."""
 
-    def __init__(self, base: Base, scenario: Scenario) -> None:
+    def __init__(self, base: Base, scenario: Scenario, *, public_texts: int = 0) -> None:
+        if scenario.adapter.kernel_features:
+            raise ScenarioError(f"adapter.kernel_features must be 0 with task.name = {scenario.task.name!r}.")
         if base.family.vocabulary(base.model) is None:
             raise ScenarioError(
                 f"task.name = {scenario.task.name!r} needs a base that predicts tokens, got {base.folder.name}."
             )
-        super().__init__(base, scenario)
+        super().__init__(base, scenario, public_texts=public_texts)
         self._train_only(scenario.federation.method)
 
     def states(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -246,9 +286,9 @@ class _TokenLoss(torch.autograd.Function):
 HEADS: dict[str, type[Head]] = {"rating": RatingHead, "generation": CausalHead}
 
 
-def make_head(base: Base, scenario: Scenario) -> Head:
-    """The head a scenario describes on a base, its public tensors still zero."""
-    return HEADS[scenario.task.name](base, scenario)
+def make_head(base: Base, scenario: Scenario, *, public_texts: int = 0) -> Head:
+    """The head a scenario describes on a base, its public tensors still zero; arguments as for ``Head``."""
+    return HEADS[scenario.task.name](base, scenario, public_texts=public_texts)
 
 
 @torch.inference_mode()

@@ -13,8 +13,7 @@ def text_predictions(head: RatingHead, arrays: Arrays, features: Features) -> tu
     """Pooled features (n, d) and shared predictions (n,) of texts; the head is left with these shared arrays."""
     load_shared(head, arrays)
     pooled = pooled_features(head, features)
-    weight, bias = head.output_layer()
-    return pooled, pooled.astype(np.float64) @ weight + bias
+    return pooled, head.apply_output(pooled, head.output_layer())
 
 
 def rmse(predictions: np.ndarray, targets: np.ndarray) -> float:

@@ -1,8 +1,11 @@
-"""What crosses the network: two messages, their fields, and the fixed codes of a refusal. Nothing else.
+"""What crosses the network: few messages, their fields, and the fixed codes of a refusal. Nothing else.
 
 A request carries the shared arrays, the round, the policy's hash, and how many replies of this device the server has
 used so far, which a device whose ledger was rolled back holds against its own count. A reply carries the (noised)
 change of the same arrays and echoes round and policy. No counts, no losses, no free text (rule P2).
+
+At unit user the reply's one array is a contribution to a sum, in integers. Where the sum is secure, three further
+messages carry what hides it: their ``body`` is one of ``shared/secure_sum.py``.
 """
 
 import hashlib
@@ -20,6 +23,9 @@ from shared.adapter import Arrays, Slot
 ARRAYS = "arrays"
 CONFIG = "config"
 REFUSAL = "refusal"
+BODY = "body"
+# The stages of a secure sum that are not training, as types of Flower's messages.
+SECURE_KEYS, SECURE_SHARES, SECURE_UNMASK = "query.secure_keys", "query.secure_shares", "query.secure_unmask"
 _NOISE, _SEEDED = "noise", "seeded"
 
 # Why a device did not train. The text behind a code stays on the device.
@@ -39,6 +45,10 @@ REFUSALS = (
     "LEDGER",  # the record of what was spent cannot be used
     "ROLLBACK",  # the record of what was spent is older than it was
     "STORE",  # keys or encrypted files cannot be used
+    "ROSTER",  # of a secure sum: who takes part is not as agreed, not certified, or too few
+    "PARCELS",  # of a secure sum: what the others sealed for this device is not theirs, or not of this round
+    "UNMASK",  # of a secure sum: opening it would show more than the sum
+    "STAGE",  # of a secure sum: this device is not at that stage of this round
     "NOT_FINITE",  # the noised state holds NaN or infinity
     "INTERNAL",  # anything else
 )
@@ -50,17 +60,21 @@ class Request:
 
     Attributes:
         answered: Replies of this device the server has used in this campaign.
+        body: With a secure sum: what the others sealed for this device.
     """
 
     arrays: Arrays
     round_number: int
     policy_sha256: str
     answered: int
+    body: bytes = b""
 
     @property
     def sha256(self) -> str:
-        """Hash of what decides the answer: arrays, round and policy."""
+        """Hash of what decides the answer: arrays, round, policy and body."""
         digest = hashlib.sha256(f"{self.round_number}|{self.policy_sha256}|".encode())
+        if self.body:
+            digest.update(hashlib.sha256(self.body).digest())
         for name, array in self.arrays.items():
             digest.update(f"{name}|{array.shape}|".encode() + array.tobytes())
         return digest.hexdigest()
@@ -71,10 +85,34 @@ def pack_arrays(arrays: Arrays) -> ArrayRecord:
     return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
-def pack_request(arrays: ArrayRecord, *, round_number: int, policy_sha256: str, answered: int = 0) -> RecordDict:
+def pack_request(
+    arrays: ArrayRecord, *, round_number: int, policy_sha256: str, answered: int = 0, body: bytes = b""
+) -> RecordDict:
     """The server's request for one round of training; see ``Request``."""
     fields = ConfigRecord({"round": round_number, "policy": policy_sha256, "answered": answered})
+    if body:
+        fields[BODY] = body
     return RecordDict({ARRAYS: arrays, CONFIG: fields})
+
+
+def pack_stage(body: bytes, *, round_number: int, policy_sha256: str) -> RecordDict:
+    """A message, either way, of a secure sum's stage that is not training."""
+    return RecordDict({CONFIG: ConfigRecord({"round": round_number, "policy": policy_sha256, BODY: body})})
+
+
+def unpack_stage(content: RecordDict) -> tuple[bytes, int, str]:
+    """Body, round and policy hash of such a message.
+
+    Raises:
+        MalformedError: ``SCHEMA``.
+    """
+    config = content.get(CONFIG)
+    if set(content) != {CONFIG} or not isinstance(config, ConfigRecord):
+        raise MalformedError("SCHEMA")
+    if {name: type(value) for name, value in config.items()} != {"round": int, "policy": str, BODY: bytes}:
+        raise MalformedError("SCHEMA")
+    fields: dict[str, Any] = dict(config)
+    return fields[BODY], fields["round"], fields["policy"]
 
 
 def pack_reply(update: Arrays, *, round_number: int, policy_sha256: str) -> RecordDict:
@@ -151,10 +189,11 @@ def unpack_request(content: RecordDict, slots: Sequence[Slot]) -> Request:
         MalformedError: ``SCHEMA`` (records or fields), ``KEYS`` (names or order), ``ARRAY`` (type, shape or bytes),
             ``NOT_FINITE``.
     """
-    record, config = _records(content, {"round": int, "policy": str, "answered": int})
+    record, config = _records(content, {"round": int, "policy": str, "answered": int}, optional={BODY: bytes})
     if config["answered"] < 0:
         raise MalformedError("SCHEMA")
-    return Request(_arrays(record, slots), config["round"], config["policy"], config["answered"])
+    arrays = _arrays(record, slots)
+    return Request(arrays, config["round"], config["policy"], config["answered"], config.get(BODY, b""))
 
 
 def unpack_reply(content: RecordDict, slots: Sequence[Slot]) -> tuple[Arrays, int, str]:
@@ -163,14 +202,17 @@ def unpack_reply(content: RecordDict, slots: Sequence[Slot]) -> tuple[Arrays, in
     return _arrays(record, slots), config["round"], config["policy"]
 
 
-def _records(content: RecordDict, fields: Mapping[str, type]) -> tuple[ArrayRecord, dict[str, Any]]:
-    """The two records of a message that holds these fields and nothing else."""
+def _records(
+    content: RecordDict, fields: Mapping[str, type], *, optional: Mapping[str, type] | None = None
+) -> tuple[ArrayRecord, dict[str, Any]]:
+    """The two records of a message that holds these fields, perhaps the optional ones, and nothing else."""
     if set(content) != {ARRAYS, CONFIG}:
         raise MalformedError("SCHEMA")
     record, config = content[ARRAYS], content[CONFIG]
     if not isinstance(record, ArrayRecord) or not isinstance(config, ConfigRecord):
         raise MalformedError("SCHEMA")
-    if {name: type(value) for name, value in config.items()} != fields:
+    types = {name: type(value) for name, value in config.items()}
+    if types != dict(fields) | {name: kind for name, kind in (optional or {}).items() if name in types}:
         raise MalformedError("SCHEMA")
     return record, dict(config)
 

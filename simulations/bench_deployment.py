@@ -26,6 +26,7 @@ from client.site import resident_dataset
 from server.checkpoint import last_checkpoint
 from server.rounds import Round, read_rounds
 from shared.campaign import read_campaign
+from shared.config import DataConfig
 from shared.datasets import Record
 from shared.errors import CampaignError
 from shared.processes import running
@@ -99,7 +100,7 @@ def measure(*, rounds: int = 5, idle_s: float = 60.0, quiet: bool = False) -> di
 
 def _records() -> list[tuple[Record, ...]]:
     """The records of the users whose number of records is nearest to the mean."""
-    users = resident_dataset("movielens-100k", "asset:ml-100k").users
+    users = resident_dataset(DataConfig()).users
     counts = np.array([len(user.fit) for user in users])
     nearest = np.argsort(abs(counts - counts.mean()), kind="stable")[:DEVICES]
     return [users[int(i)].fit for i in nearest]

@@ -65,7 +65,7 @@ def measure(*, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
     use_threads(1)
     scenario = Scenario(name="bench-simulate")
     base = resident_base(scenario.model.base)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     agreement = compare_answers(scenario, base, dataset, _average(dataset))
     with tempfile.TemporaryDirectory() as folder:
         ours = {

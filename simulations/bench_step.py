@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from client.site import TextFeatures, resident_base, resident_dataset, use_threads
 from client.train import make_trainable, quiet_hooks, train_shared
 from shared.adapter import Arrays, load_start, make_start, read_shared, shared_parameters, shared_slots
+from shared.calibration import make_policy
 from shared.config import Scenario
 from shared.datasets import Dataset, Record
 from shared.errors import CampaignError
@@ -27,7 +28,6 @@ from shared.features import compute_features, micro_batches
 from shared.head import Head, RatingHead
 from shared.model import Base
 from shared.noise import Randomness, SecureRandomness, SeededRandomness
-from shared.policy import make_policy
 from shared.progress import progress
 from shared.tasks import Scores
 
@@ -68,7 +68,7 @@ def measure(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
     use_threads(1)
     scenario = Scenario(name="bench-step")
     base = resident_base(scenario.model.base)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     counts = np.array([len(user.fit) for user in dataset.users])
     records = dataset.users[int(np.argmin(abs(counts - counts.mean())))].fit
     variants: dict[str, Callable[[], float]] = {
@@ -132,7 +132,8 @@ class _Silent:
         del probability
         return np.ones(count, dtype=bool)
 
-    def gaussian_integers(self, count: int) -> np.ndarray:
+    def gaussian_integers(self, count: int, *, log2_sigma: int = 24) -> np.ndarray:
+        del log2_sigma
         return np.zeros(count, dtype=np.int64)
 
 

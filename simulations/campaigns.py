@@ -5,9 +5,11 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
 
 from client.artifact import MIN_PROBES
 from client.personalize import check_task
@@ -17,21 +19,28 @@ from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load
 from shared import wire
 from shared.accounting import epsilon_by_participation
 from shared.adapter import Arrays, load_start, make_start, shared_slots
+from shared.calibration import make_policy
 from shared.campaign import Campaign, Resumed, read_campaign, write_campaign, write_resumed
-from shared.claims import Claim, no_claim, record_claim
+from shared.claims import Claim, claim_of
 from shared.config import Scenario
 from shared.datasets import Dataset
 from shared.errors import CampaignError, ScenarioError, SottovoceError
 from shared.flower import Metered, round_trip_bytes
 from shared.head import make_head
 from shared.model import Base
-from shared.policy import Policy, make_policy
+from shared.noise import Randomness, SeededRandomness
+from shared.policy import Policy
 from shared.progress import progress, track
+from shared.secure_sum import Advert, Credential, Parcels, Roster, Shares, Survivors, Terms
+from shared.shamir import SHARE_BYTES
 from simulations.journal import Journal
 from simulations.observe import Observer, make_observer
 
 # In a simulation nobody goes offline: such a reply is a fault, and a run with faults must not look finished.
 FATAL = ("ERROR", "INTERNAL", "NO_REPLY")
+
+_SIGNATURE, _CERTIFICATE, _KEY_LINE = bytes(103), bytes(64), "x" * 184  # ECDSA P-384, Ed25519, OpenSSH: usual sizes
+_SHARE, _PARCEL = bytes(SHARE_BYTES), bytes(2 * SHARE_BYTES + 28)
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Plan:
     """One campaign before it starts: nothing has been trained or spent.
 
     Attributes:
-        name: ``lora`` or ``linear``: what its head is.
+        name: ``lora``, ``kernel`` or ``linear``: what its head is.
         suffix: Added to the names of its rows; empty for the scenario's own campaign.
         folder: Name of its folder.
     """
@@ -55,9 +64,7 @@ class Plan:
     @cached_property
     def claim(self) -> Claim:
         """What the campaign spends, in words and numbers."""
-        if self.policy.delta is None:
-            return no_claim(max_participations=self.policy.max_participations)
-        return record_claim(self.policy.mechanism, delta=self.policy.delta)
+        return claim_of(self.policy)
 
     def bytes_per_client_round(self) -> tuple[int, int]:
         """Bytes a device receives and sends in one round."""
@@ -65,10 +72,31 @@ class Plan:
 
 
 def bytes_per_client_round(policy: Policy, start: Arrays) -> tuple[int, int]:
-    """Bytes a device receives and sends in one round."""
+    """Bytes a device receives and sends in one round, all stages of a secure sum included."""
     arrays = {slot.name: start[slot.name] for slot in policy.array_slots()}
-    request = wire.pack_request(wire.pack_arrays(arrays), round_number=1, policy_sha256=policy.sha256)
-    return round_trip_bytes(request, wire.pack_reply(arrays, round_number=1, policy_sha256=policy.sha256))
+    reply = {slot.name: np.zeros(slot.shape, slot.dtype) for slot in policy.reply_slots()}
+    of_round: dict[str, Any] = {"round_number": 1, "policy_sha256": policy.sha256}
+    bodies = _stage_bodies(policy.secure_sum.terms, policy.cohort_size) if policy.secure_sum else []
+    body = bodies.pop(2)[0] if bodies else b""  # what others sealed for a device comes with the request to train
+    pairs = [(wire.pack_request(wire.pack_arrays(arrays), body=body, **of_round), wire.pack_reply(reply, **of_round))]
+    pairs += [(wire.pack_stage(down, **of_round), wire.pack_stage(up, **of_round)) for down, up in bodies]
+    sizes = [round_trip_bytes(request, answer) for request, answer in pairs]
+    return sum(down for down, _ in sizes), sum(up for _, up in sizes)
+
+
+def _stage_bodies(terms: Terms, count: int) -> list[tuple[bytes, bytes]]:
+    """What a secure sum's stages carry to a device and back, of the usual sizes: keys, shares, training, unmasking."""
+    everybody, neighbours = tuple(range(count)), tuple(range(1, terms.degree(count) + 1))
+    adverts = [Advert(seat, bytes(32), bytes(32), _SIGNATURE) for seat in (0, *neighbours)]
+    roster = Roster(everybody, tuple((advert, Credential(_KEY_LINE, _CERTIFICATE)) for advert in adverts))
+    parcels = Parcels(tuple((seat, _PARCEL) for seat in neighbours)).to_bytes()
+    shares = Shares(tuple((seat, _SHARE) for seat in neighbours))
+    return [
+        (str(count - 1).encode(), adverts[0].to_bytes()),
+        (roster.to_bytes(), parcels),
+        (parcels, b""),
+        (Survivors(everybody, ()).to_bytes(), shares.to_bytes()),
+    ]
 
 
 @dataclass(frozen=True)
@@ -98,7 +126,8 @@ def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: b
     """
     check_task(scenario.personal.method, scenario.task.name)
     linear = scenario.linear_campaign()
-    main = "linear" if base.head_blocks(scenario.model.head_blocks) == 0 else "lora"
+    bare = "kernel" if scenario.adapter.kernel_features else "linear"
+    main = bare if base.head_blocks(scenario.model.head_blocks) == 0 else "lora"
     wanted = [(main, "", scenario)] + ([("linear", "-linear", linear)] if linear else [])
     texts = {suffix: TextFeatures(base, each, dataset, quiet=quiet) for _, suffix, each in wanted}
     seeds = scenario.seeds()
@@ -140,7 +169,7 @@ def exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
 
 
 def _plan(names: tuple[str, str, str], scenario: Scenario, base: Base, dataset: Dataset, texts: TextFeatures) -> Plan:
-    head = make_head(base, scenario)
+    head = make_head(base, scenario, public_texts=len(dataset.public_texts))
     start = make_start(head, texts.public(), ridge=scenario.adapter.whitening_ridge, seed=scenario.seed)
     policy = make_policy(
         scenario,
@@ -269,7 +298,16 @@ def run_campaign(
             if not journal.has(plan.name, plan.scenario.seed, seen):
                 watch.on_round(load_checkpoint(checkpoint_path(campaign.folder / "checkpoints", seen)))
         grid.on_reply = lambda: bar.update(1)
-        last = run_rounds(grid, campaign, roster=roster, start=opened.start, fatal=FATAL, on_round=watch.on_round)
+        last = run_rounds(
+            grid,
+            campaign,
+            roster=roster,
+            start=opened.start,
+            fatal=FATAL,
+            on_round=watch.on_round,
+            credentials=_no_credentials(plan.scenario, roster),
+            noise=partial(_server_noise, plan.scenario),
+        )
         grid.on_reply = None
     wall_s = time.perf_counter() - started
     return Result(
@@ -281,6 +319,16 @@ def run_campaign(
             wall_s=wall_s,
         )
     )  # fmt: skip
+
+
+def _server_noise(scenario: Scenario, round_number: int) -> Randomness:
+    """The server's draws under trust ``central``, from a seat that no device has."""
+    return SeededRandomness(seed=scenario.seed, campaign=scenario.name, device=-1, round_number=round_number)
+
+
+def _no_credentials(scenario: Scenario, roster: Mapping[int, int]) -> dict[int, Credential] | None:
+    """Simulated devices know each other's keys from the seed; None where the masks are left out."""
+    return dict.fromkeys(roster.values(), Credential()) if scenario.performance.secure_sum == "masked" else None
 
 
 def _cost(

@@ -109,7 +109,7 @@ def write_comparison(comparison: Comparison, *, out: Path) -> Path:
         raise DataError(f"--out must be new or an older comparison, {out} is something else. Choose another name.")
     points = list(_points(comparison))
     row_figures, row_plots = row_by_row(points, metric=comparison.metric)
-    own = [point for point in points if point.row.split("-")[0] in ("personal", "federated")]
+    own = [point for point in points if point.unit]
     utility_figures, utility_plots = privacy_utility(own, metric=comparison.metric)
     privacy, *tables = (_html(comparison, table) for table in _tables(comparison))
     sections = [
@@ -156,7 +156,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "seeds": run.summary.seeds,
                 "rows": {row: asdict(scores[comparison.metric]) for row, scores in run.summary.rows.items()},
                 "privacy": _terms(run.summary.privacy),
-                "privacy_linear": _terms(run.summary.privacy_linear) if run.summary.privacy_linear else None,
+                "privacy_linear": _terms(run.summary.privacy_linear),
+                "privacy_statistics": _terms(run.summary.privacy_statistics),
                 "cost": run.summary.cost,
                 "settings": {key: value[number] for key, value in _settings_that_differ(comparison).items()},
             }
@@ -210,7 +211,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [f"{number} {folder.resolve().name}" for number, folder in enumerate(folders, start=1)]
 
 
-def _terms(privacy: Privacy) -> dict[str, Any]:
+def _terms(privacy: Privacy | None) -> dict[str, Any] | None:
+    if privacy is None:
+        return None
     return {key: getattr(privacy, key) for key in ("trust", "unit", "relation", "epsilon", "delta", "sentence")}
 
 
@@ -233,7 +236,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _points(comparison: Comparison) -> Iterator[Point]:
     for name, summary in comparison.summaries.items():
         for row, scores in summary.rows.items():
-            claim = _claim_of(summary, row)
+            claim = summary.claim_of(row)
             claimed = claim is not None and claim.trust != "none"
             yield Point(
                 run=name if summary.private else f"{name} ({NOT_PRIVATE})",
@@ -244,19 +247,14 @@ def _points(comparison: Comparison) -> Iterator[Point]:
             )
 
 
-def _claim_of(summary: Summary, row: str) -> Privacy | None:
-    """The claim that covers a row; None for rows beside the federation."""
-    if not row.startswith(("federated", "personal")):
-        return None
-    return (summary.privacy_linear or summary.privacy) if row.endswith("-linear") else summary.privacy
-
-
 def _tables(comparison: Comparison) -> Iterator[_Table]:
     metric, summaries = comparison.metric, comparison.summaries.values()
     name, better = page.heading(metric), comparison.runs[0].summary.metrics[metric].better
     claims = {"privacy": [_claim(summary.privacy) for summary in summaries]}
     if any(summary.privacy_linear for summary in summaries):
         claims["linear head"] = [_claim(summary.privacy_linear) for summary in summaries]
+    if any(summary.privacy_statistics for summary in summaries):
+        claims["dp-statistics"] = [_claim(summary.privacy_statistics) for summary in summaries]
     claims["trust"] = [summary.privacy.trust for summary in summaries]
     yield _Table("Privacy", "What the devices of each run would spend.", claims)
     seeds = {"seeds": [", ".join(map(str, summary.seeds)) for summary in summaries]}

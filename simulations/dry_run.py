@@ -18,7 +18,7 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported_users(scenario, dataset)
     plans = plan_campaigns(scenario, base, dataset, quiet=quiet)

@@ -24,7 +24,7 @@ from types import FrameType
 
 from shared.assets import resolve
 from shared.config import Scenario, load_scenario
-from shared.datasets import read
+from shared.datasets import choose_users, read
 from shared.errors import CampaignError, ScenarioError
 from shared.processes import PROGRAMS, die_with_parent, flower_environment, free_port, running
 
@@ -67,7 +67,9 @@ def flwr_run(
         raise CampaignError(
             f"flwr run needs the source tree with its pyproject.toml, got {root}. Use: sottovoce simulate"
         )
-    devices = len(read(scenario.data.format, resolve(scenario.data.source, quiet=quiet)).users)
+    data = scenario.data
+    everybody = read(data.format, resolve(data.source, quiet=quiet))
+    devices = len(choose_users(everybody, data.users, tuning_share=data.tuning_share).users)
     run_config = {"scenario": str(scenario_file), "overrides": shlex.join(overrides), "out": str(out)}
     with _home() as home, _terminated_as_interrupt():
         log = home / LOG_NAME

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.assets import resolve
-from shared.config import load_scenario
-from shared.datasets import READERS, Dataset, Record, read
+from shared.config import DataConfig, load_scenario
+from shared.datasets import READERS, Dataset, Record, choose_users, read
 from shared.errors import ScenarioError
 from shared.registry import check_name
 
@@ -33,10 +33,10 @@ def inspect_data(
         AssetError: The source cannot be had.
         DataError: A file is missing or not as its format says; file and line are named.
     """
-    format_name, source = _format_and_source(what, source)
-    folder = resolve(source, quiet=quiet)
-    dataset = read(format_name, folder)
-    return {"format": format_name, "source": source, "folder": str(folder)} | describe_data(
+    data = _data_of(what, source)
+    folder = resolve(data.source, quiet=quiet)
+    dataset = choose_users(read(data.format, folder), data.users, tuning_share=data.tuning_share)
+    return {"format": data.format, "source": data.source, "folder": str(folder)} | describe_data(
         dataset, show_text=show_text
     )
 
@@ -85,14 +85,14 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _format_and_source(what: str, source: str | None) -> tuple[str, str]:
+def _data_of(what: str, source: str | None) -> DataConfig:
     if Path(what).suffix in {".toml", ".json"} or Path(what).is_file():
         data = load_scenario(Path(what)).data
-        return data.format, source or data.source
+        return data.model_copy(update={"source": source or data.source})
     check_name("readers", what, READERS, setting="SCENARIO must be a file, or FORMAT")
     if source is None:
         raise ScenarioError(f"--source must name where data of format {what!r} lie: a folder, or asset:NAME.")
-    return what, source
+    return DataConfig(format=what, source=source)
 
 
 def _describe_record(record: Record, *, show_text: bool) -> dict[str, Any]:

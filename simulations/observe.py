@@ -17,7 +17,7 @@ from shared.datasets import Dataset
 from shared.head import Head, RatingHead, pooled_features
 from shared.metrics import METRICS, Described, Interval, described, paired_difference, score_row, user_rmse
 from shared.scoring import rmse, text_predictions
-from simulations import baselines
+from simulations import baselines, dp_statistics
 from simulations.observe_language import LanguageObserver
 from simulations.rows import Rows, lay_out
 
@@ -104,25 +104,29 @@ class RatingObserver:
 
     def baselines(self) -> dict[str, np.ndarray]:  # noqa: D102
         train, test, task = self.train, self.test, self._scenario.task
-        load_start(self.head, self._start)
-        bare = pooled_features(self.head, self._texts.all)  # LoRA changes nothing at the start
-        users = len(self._dataset.users)
+        bare = self.bare_features()
+        public_start = np.full(len(bare), task.centre)  # no federation, nothing sent
         rows = {
             "constant": baselines.constant(train, test),
             "user-mean": baselines.user_mean(train, test, centre=task.centre),
             "pooled": baselines.pooled(bare, train, test, ridge=1.0),
-            "local": predict_personal(
-                bare,
-                np.full(len(bare), task.centre),  # the public start value: no federation, nothing sent
-                known=train,
-                asked=test,
-                users=users,
-                mean=self.public_mean(),
-                personal=self._scenario.personal,
-                task=task,
-            ).personal,
+            "local": self.personalize(bare, public_start, known=train, asked=test).personal,
         }
+        if dp_statistics.applies(self._scenario, self._dataset):
+            seen = self.personalize(bare, self.statistics(bare, train), known=train, asked=test)
+            rows |= {"dp-statistics-shared": seen.shared, "dp-statistics": seen.personal}
         return {name: np.clip(row, task.low, task.high) for name, row in rows.items()}
+
+    def bare_features(self) -> np.ndarray:
+        """Pooled features (M, d) of every distinct text at the public start, where LoRA changes nothing."""
+        load_start(self.head, self._start)
+        return pooled_features(self.head, self._texts.all)
+
+    def statistics(self, features: np.ndarray, known: Rows) -> np.ndarray:
+        """Predictions (M,) of every text after a private release of item statistics; all of them must be public."""
+        return dp_statistics.text_predictions(
+            known, features, self.public_mean(), users=len(self._dataset.users), scenario=self._scenario
+        )
 
     def federated(self, arrays: Arrays) -> dict[str, np.ndarray]:  # noqa: D102
         seen = self.predict(arrays, known=self.train, asked=self.test)
@@ -153,6 +157,10 @@ class RatingObserver:
     def predict(self, arrays: Arrays, *, known: Rows, asked: Rows) -> Predictions:
         """Fit every user's private part on the rows known, predict the rows asked."""
         features, shared = self.text_predictions(arrays)
+        return self.personalize(features, shared, known=known, asked=asked)
+
+    def personalize(self, features: np.ndarray, shared: np.ndarray, *, known: Rows, asked: Rows) -> Predictions:
+        """Predictions with the scenario's private part, wherever the shared ones (M,) of the texts come from."""
         return predict_personal(
             features,
             shared,

@@ -17,11 +17,12 @@ from client.site import resident_base, resident_dataset, use_threads
 from shared.accounting import MAX_EPSILON, epsilon
 from shared.assets import resolve
 from shared.campaign import Campaign, check_promise, verify_campaign, write_campaign
-from shared.claims import RELATION, TRUST, record_claim
+from shared.claims import TRUST, claim_of
 from shared.config import Scenario
 from shared.datasets import Dataset, UserData
 from shared.errors import PrivacyError, ScenarioError
-from shared.policy import Policy, check_price
+from shared.policy import Policy
+from shared.promise import check_price
 from shared.signing import fingerprint, sign_policy, signed_by
 from simulations.campaigns import bytes_per_client_round, plan_campaigns
 
@@ -47,12 +48,13 @@ def publish(scenario: Scenario, *, out: Path, clients: int | None = None, quiet:
         raise ScenarioError(f"--clients must be from 1 to {_MOST_CLIENTS:,}, got {clients}: the size of the roster.")
     if scenario.privacy.trust == "none":
         raise PrivacyError(
-            "privacy.trust must be 'local' for a campaign on devices, got 'none'; that is for simulations."
+            "privacy.trust must be 'local', 'distributed' or 'central' for a campaign on devices, got 'none'; that is "
+            "for simulations."
         )
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     base = resident_base(scenario.model.base, scenario.performance.device)
     roster = _roster(dataset, clients or len(dataset.users))
     [plan] = plan_campaigns(_alone(scenario), base, roster, quiet=quiet)
@@ -97,7 +99,7 @@ def describe(campaign: Campaign) -> dict[str, Any]:
         "signature": _describe_signature(campaign.folder),
         "price": _describe_price(policy),
         "per_device_and_round": {
-            "parameters": sum(math.prod(shape) for _, shape in policy.slots),
+            "parameters": policy.size,
             "bytes_down": down,
             "bytes_up": up,
         },
@@ -125,9 +127,13 @@ def _describe_price(policy: Policy) -> dict[str, Any] | None:
             f"a policy's constants must have a price, noise_multiplier {policy.noise_multiplier:g} in "
             f"{mechanism.releases} noisy steps has none below {MAX_EPSILON:g}; do not take part."
         )
-    claim = record_claim(mechanism, delta=delta, noise="secure")
+    claim = claim_of(policy, noise="secure")
     after = {k: epsilon(replace(mechanism, max_participations=k), delta=delta) for k in _milestones(policy)}
     return {
+        "unit": claim.unit,
+        "relation": claim.relation,
+        "trust": claim.trust,
+        "trust_terms": claim.terms,
         "epsilon": claim.epsilon,
         "stated_epsilon": policy.epsilon,
         "kept": _keeps(policy),
@@ -157,20 +163,23 @@ def _milestones(policy: Policy) -> list[int]:
 WORDS = {
     "protocol": "version of the messages",
     "campaign": "its name",
-    "trust": "how a device protects itself; local = it trusts nobody",
-    "unit": "what the guarantee hides",
+    "trust": "who is trusted; local = nobody, distributed = a server that keeps to the protocol, central = the server",
+    "unit": "what the guarantee hides: one record, or all that a user contributes",
     "relation": "what two data sets differ in that nobody can tell apart",
-    "epsilon": "stated limit on what the whole campaign reveals about one record; smaller is more private",
+    "epsilon": "stated limit on what the whole campaign reveals about one unit; smaller is more private",
     "delta": "chance left for that limit to fail",
-    "clip_norm": "longest step that one record can cause",
-    "noise_multiplier": "noise on every step, as a multiple of clip_norm",
-    "grid": "what records contribute is rounded to multiples of it, and so is the noise",
+    "clip_norm": "longest step that one record can cause; at unit user, longest change that one device can cause",
+    "noise_multiplier": "noise on every step, or at unit user on every round's sum, as a multiple of clip_norm",
+    "grid": "what is contributed is rounded to multiples of it, and so is the noise",
     "sampling_rate": "chance that a record enters a step; 1 = all do",
-    "steps": "noisy steps a device takes in a round",
-    "denominator": "what a step is divided by; never a count of records",
+    "steps": "steps a device takes in a round; at unit record, each is noised",
+    "denominator": "what a step is divided by at unit record; never a count of records",
+    "record_exponent": "at unit user a sum over n records is divided by n to this power",
+    "secure_sum": "under trust distributed: neighbours of a device, how many of them open its keys, contributions a "
+    "sum must have, devices whose noise may be known, and log2 of one device's noise in steps of the grid",
     "max_participations": "rounds one device may join",
     "added_records": "from when on a device uses a record that it gets during the campaign",
-    "max_update_norm": "longest change a device may send",
+    "max_update_norm": "longest change a device may send, before masks",
     "learning_rate": "of the steps on a device",
     "rounds": "rounds of the campaign",
     "cohort_size": "devices asked in a round",
@@ -188,6 +197,15 @@ WORDS = {
 }
 
 
+_SENT = {
+    "local": "the noised change",
+    "central": "the clipped change, WITHOUT noise,",
+    "distributed": "the masked change, with a share of the noise,",
+    "none": "the change, WITHOUT noise,",
+}
+_SUM_MESSAGES = "and before and after it, small: one-time keys, and sealed shares of them for other devices"
+
+
 def lines(found: dict[str, Any]) -> list[str]:
     """What a campaign costs and sends, for a reader. What its maker wrote is quoted: it may hold anything."""
     constants, sent = found["constants"], found["per_device_and_round"]
@@ -200,9 +218,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         "what it costs:",
         *(f"  {line}" for line in _price_lines(found["price"])),
         "what a device sends:",
-        f"  in each round it joins {sent['bytes_up']:,} bytes: the noised change of {sent['parameters']:,} shared "
-        f"numbers (tensors: {len(constants['slots'])}), the round and the policy's hash",
-        f"  at most {at_most * sent['bytes_up']:,} bytes in all; no text, no target, no count, no loss; "
+        f"  in each round it joins {sent['bytes_up']:,} bytes: {_SENT[constants['trust']]} of {sent['parameters']:,} "
+        f"shared numbers (tensors: {len(constants['slots'])}), the round and the policy's hash",
+        *([f"  {_SUM_MESSAGES}"] if constants["secure_sum"] else []),
+        f"  at most {at_most * sent['bytes_up']:,} bytes of that in all; no text, no target, no count, no loss; "
         "a refusal is one fixed code",
         f"  it receives {sent['bytes_down']:,} bytes in each",
     ]
@@ -228,16 +247,34 @@ def _signature_words(signature: dict[str, str | None]) -> str:
     return f"by key {signature['key']}; whether that is the operator's: sottovoce policy verify DIR --key PUB"
 
 
+_SEEN = {
+    "local": "all that one device ever sends in this campaign",
+    "distributed": "all that a server that keeps to the protocol, and everybody else, ever sees of one device",
+    "central": "all that everybody but the server ever sees of one device",
+}
+_HIDDEN = {
+    "record": "whether any one record was there",
+    "user": "whether a device contributed, and so all it contributed",
+}
+_NOT_HIDDEN = {
+    "local": "what many records of a user have in common, and that the device takes part",
+    "distributed": "that the device takes part, and in which rounds",
+    "central": "anything from the server, which sees every device's change without noise; from others, that the device "
+    "takes part",
+}
+
+
 def _price_lines(price: dict[str, Any] | None) -> list[str]:
     if price is None:
         return ["NOT PRIVATE: nothing is promised"]
     promise = f"(epsilon = {_up(price['epsilon'])}, delta = {price['delta']:g})"
     return [
-        f"record-level {promise}-differential privacy for all that one device ever sends in this campaign",
+        f"{price['unit']}-level {promise}-differential privacy for {_SEEN[price['trust']]}",
         f"stated: epsilon = {price['stated_epsilon']}; "
         + ("kept" if price["kept"] else "NOT KEPT by these constants: do not take part"),
-        f"hidden: whether any one record was there ({RELATION}); trust: {TRUST['local']}",
-        "not hidden: what many records of a user have in common, and that the device takes part",
+        f"hidden: {_HIDDEN[price['unit']]} ({price['relation']})",
+        f"trusted: {TRUST[price['trust']]}" + (f" ({price['trust_terms']})" if price["trust_terms"] else ""),
+        f"not hidden: {_NOT_HIDDEN[price['trust']]}",
         f"sampling: {price['sampling']}; accountant: {price['accountant']}",
     ]
 

@@ -18,6 +18,8 @@ ROWS = {
     "base": "the base model as published",
     "pooled": "all data in one place, no privacy",
     "local": "the personal method alone, no federation",
+    "dp-statistics-shared": "one private release of ratings per text, smoothed: shared part alone",
+    "dp-statistics": "the same and the private part: the rival to match",
     "federated": "the shared part alone",
     "personal": "the shared part and a private part",
     "federated-linear": "linear head: the shared part alone",
@@ -37,6 +39,10 @@ STAMPS = {
     "A device with an owner draws noise that nobody can repeat.",
     "tuning: not covered": "Settings were tuned on validation rows of the campaign's own users; "
     "ε does not cover that choice.",
+    "tuning run: these users take part in no campaign": "This run is for choosing constants: its users are those whom "
+    "the scenario sets aside for that, by a public hash of their ids.",
+    "tuning: constants chosen on users outside the campaign, as the scenario states": "The scenario states that its "
+    "constants were chosen on other users, set aside by a public hash of their ids; nothing in this run can prove it.",
 }
 LEAVES = {
     "local": "clipped per record and noised on the device",
@@ -94,7 +100,7 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     said = checked.private or checked.claim.startswith(NOT_PRIVATE)
     lines = [checked.claim if said else f"{NOT_PRIVATE}. {checked.claim}"]
     name = page.heading(checked.metric)
-    for row in ("base", "local", "federated", "personal", "personal-linear"):
+    for row in ("base", "local", "dp-statistics", "federated", "personal", "personal-linear"):
         if row in checked.rows:
             found = page.score(checked.metric, checked.rows[row][checked.metric])
             lines.append(f"{name} {row:<15}  {found}  {ROWS[row]}")
@@ -146,6 +152,8 @@ def _opening(folder: RunFolder) -> Iterator[str]:
     campaigns = {"claim": privacy.model_dump()}
     if summary.privacy_linear is not None and summary.privacy_linear != privacy:
         campaigns["linear head"] = summary.privacy_linear.model_dump()
+    if summary.privacy_statistics is not None:
+        campaigns["dp-statistics"] = summary.privacy_statistics.model_dump()
     keys = dict.fromkeys(key for terms in campaigns.values() for key in terms if key != "sentence")
     yield page.details(
         "The terms of the claim",
@@ -195,6 +203,13 @@ def _table_of_rows(summary: Summary) -> Iterator[str]:
             for row, line in zip(summary.rows, zip(*cells, strict=True), strict=True)
         ],
     )
+    if summary.privacy_statistics is not None:
+        yield (
+            '<p id="statistics"><code>dp-statistics</code> is no federation of a model: every device sends, once, a '
+            "clipped sum of its ratings and a count for each public text. The noised sums are smoothed over similar "
+            "texts, and every device adds the private part of <code>personal</code>. It is another release on the same "
+            f"data, with a claim of its own: {html.escape(summary.privacy_statistics.sentence)}</p>"
+        )
     if seeds > 1:
         yield (
             f'<p class="dim">The column “{html.escape(page.heading(summary.metric))}, {seeds} seeds” holds the 95 % '
@@ -246,7 +261,7 @@ def _verdict(summary: Summary, own: str) -> str:
         f"On {summary.data.test:,} test records, <code>{own}</code> ({ROWS[own]}) reaches: "
         f"{html.escape(page.heading(summary.metric))} <strong>{reached}</strong>."
     ]
-    for other in ("base", "local", "personal-linear", "pooled"):
+    for other in ("base", "local", "dp-statistics", "personal-linear", "pooled"):
         if other in summary.rows:
             words = _against(summary, own, other)
             parts.append(f"{words[0].upper()}{words[1:]}.")

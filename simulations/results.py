@@ -126,6 +126,7 @@ class Summary(_Part):
     resumed: list[Resumed] = Field(default_factory=list)
     privacy: Privacy
     privacy_linear: Privacy | None = None
+    privacy_statistics: Privacy | None = None
     cost: dict[str, FiniteFloat | None]
     cost_linear: dict[str, FiniteFloat | None] | None = None
     heads: list[Head]
@@ -138,6 +139,14 @@ class Summary(_Part):
         """Whether every campaign of the run makes a claim."""
         campaigns = (self.privacy, self.privacy_linear)
         return all(part.trust != "none" and part.epsilon is not None for part in campaigns if part)
+
+    def claim_of(self, row: str) -> Privacy | None:
+        """The claim that covers a row; None for rows that have none: they owe nothing to the federation."""
+        if row.startswith("dp-statistics"):
+            return self.privacy_statistics
+        if not row.startswith(("federated", "personal")):
+            return None
+        return (self.privacy_linear or self.privacy) if row.endswith("-linear") else self.privacy
 
     def difference(self, row: str, other: str) -> Interval | None:
         """Primary metric of ``row`` minus that of ``other``, on paired resamples, where the run recorded it."""

@@ -164,7 +164,7 @@ def _prepare(scenario: Scenario, *, quiet: bool) -> tuple[list[Plan], Base, Data
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported = exported_users(scenario, dataset)
     return plan_campaigns(scenario, base, dataset, quiet=quiet), base, dataset, exported

@@ -14,6 +14,7 @@ from shared.datasets import Dataset
 from shared.metrics import Interval
 from shared.progress import track
 from simulations.campaigns import Plan, Result
+from simulations.dp_statistics import Promise, promise, sensitivity
 from simulations.folder import write_json
 
 SCHEMA = 2
@@ -26,7 +27,14 @@ _COMPARED = (
     ("personal", "base"),
     ("personal", "personal-linear"),
     ("personal-linear", "local"),
+    ("personal", "dp-statistics"),
+    ("personal-linear", "dp-statistics"),
 )
+_TUNING = {
+    "all": "tuning: not covered",
+    "tuning": "tuning run: these users take part in no campaign",
+    "campaign": "tuning: constants chosen on users outside the campaign, as the scenario states",
+}
 Rows = dict[str, Any]  # name -> what the task's observer scores
 
 
@@ -60,6 +68,9 @@ def score_run(
         out / "user_scores.json",
         {"metric": primary, "users": users, "rows": {name: values.tolist() for name, values in per_user.items()}},
     )
+    released = None
+    if "dp-statistics" in names:
+        released = promise(scenario.privacy, texts=len(dataset.public_texts), users=len(dataset.users))
     summary: dict[str, Any] = {
         "schema": SCHEMA,
         "scenario": scenario.name,
@@ -69,7 +80,12 @@ def score_run(
             name: {"better": each.better, "description": each.description} for name, each in observer.metrics.items()
         },
         "claim": main.plan.claim.sentence(),
-        "stamps": [*_stamp_noise(main.plan), "tuning: not covered", *_price_together(results)],
+        "stamps": [
+            *_stamp_noise(main.plan),
+            *_stamp_masks(main.plan),
+            _TUNING[scenario.data.users],
+            *_price_together(results, released),
+        ],
         "seeds": scenario.seeds(),
         "rows": {
             name: {metric: asdict(mean_over_seeds([s[metric] for s in each])) for metric in each[0]}
@@ -102,6 +118,8 @@ def score_run(
             suffix = result.plan.suffix.replace("-", "_")
             summary[f"privacy{suffix}"] = _describe_privacy(result.plan)
             summary[f"cost{suffix}"] = dict(result.cost)
+    if released:
+        summary["privacy_statistics"] = _describe_release(released, clip_norm=sensitivity(scenario.statistics))
     return summary
 
 
@@ -135,14 +153,26 @@ def _stamp_noise(plan: Plan) -> list[str]:
     return ["noise: seeded"] if plan.claim.noise == "seeded" else []
 
 
-def _price_together(results: Sequence[Result]) -> list[str]:
-    """Each campaign's claim is its own; whoever ran all of them on the same records would have spent more."""
-    policies = [result.plan.policy for result in results]
-    if len(policies) < 2 or policies[0].delta is None:
+def _stamp_masks(plan: Plan) -> list[str]:
+    """A deployment never leaves them out, and a simulation's sum is the same without."""
+    if plan.policy.secure_sum is None or plan.scenario.performance.secure_sum == "masked":
         return []
-    together = epsilon_together([policy.mechanism for policy in policies], delta=policies[0].delta)
-    names = " and ".join(result.plan.folder for result in results)
-    return [f"each campaign is priced alone; {names} on the same records would together spend ε = {together:.2f}"]
+    return ["secure sum: masks left out"]
+
+
+def _price_together(results: Sequence[Result], released: Promise | None) -> list[str]:
+    """Each claim is its campaign's or release's own; whoever ran all on the same data would have spent more."""
+    spent = [(result.plan.folder, result.plan.policy.mechanism) for result in results if result.plan.policy.delta]
+    if released and released.mechanism:
+        seeds = dict.fromkeys(result.plan.scenario.seed for result in results)
+        names = (f"dp-statistics-seed-{seed}" if len(seeds) > 1 else "dp-statistics" for seed in seeds)
+        spent += [(name, released.mechanism) for name in names]
+    policy = results[0].plan.policy
+    if len(spent) < 2 or policy.delta is None:
+        return []
+    together = epsilon_together([mechanism for _, mechanism in spent], delta=policy.delta)
+    everything = " and ".join(name for name, _ in spent)
+    return [f"each is priced alone; {everything} on the same {policy.unit}s would together spend ε = {together:.2f}"]
 
 
 def _describe_privacy(plan: Plan) -> dict[str, Any]:
@@ -154,4 +184,15 @@ def _describe_privacy(plan: Plan) -> dict[str, Any]:
         "rounds": policy.rounds,
         "policy_sha256": policy.sha256,
         "sentence": claim.sentence(),
+    }
+
+
+def _describe_release(released: Promise, *, clip_norm: float) -> dict[str, Any]:
+    private = released.mechanism
+    return asdict(released.claim) | {
+        "noise_multiplier": private.noise_multiplier if private else 0.0,
+        "clip_norm": clip_norm if private else None,
+        "steps": 1,
+        "rounds": 1,
+        "sentence": released.claim.sentence(),
     }

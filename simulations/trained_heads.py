@@ -124,7 +124,7 @@ def train(model: str, layers: str) -> Trained:
     """
     scenario = _scenario(model, layers)
     base = resident_base(scenario.model.base)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     user = dataset.users[int(np.argmax([len(user.train) for user in dataset.users]))]
     records, unseen = user.train[:_RECORDS], user.test
     head = make_head(base, scenario)

@@ -236,6 +236,9 @@ _BENCHMARKS = {
     "noise": (11, "a draw of noise: exact and cryptographic, beside the seeded one of simulations"),
     "head": (5, "personal heads as devices run them: bytes, opening, swapping, answering, importing, beside torch"),
     "deployment": (5, "a server and three devices on this machine: seconds, bytes, memory (rounds of its campaign)"),
+    "secure-sum": (5, "a secure sum: what a device and a dropout cost, by values and devices (devices timed)"),
+    "users": (3, "what user-level privacy costs: ours and two rivals at three epsilons (rounds: seeds)"),
+    "statistics": (4, "what the rival dp-statistics reaches, its constants chosen anew (rounds: seeds of the noise)"),
 }
 
 
@@ -259,7 +262,7 @@ def _at_least_one(text: str) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    benchmark = importlib.import_module(f"simulations.bench_{options.kind}")
+    benchmark = importlib.import_module(f"simulations.bench_{options.kind.replace('-', '_')}")
     measured = benchmark.measure(rounds=options.rounds, quiet=options.quiet)
     print(json.dumps(measured, indent=2) if options.json else "\n".join(benchmark.lines(measured)))
     return 0

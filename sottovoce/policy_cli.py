@@ -21,11 +21,15 @@ from a user's data. Devices and server get the same folder; a device trusts it o
 """
 
 _NEW_EXAMPLE = """\
-example:
+examples:
   sottovoce policy new simulations/scenarios/movielens.toml --out campaign --epsilon 4 --delta 1e-6 --clients 5000
+  sottovoce policy new campaign.toml --out campaign --set privacy.unit=user --set privacy.trust=distributed
 
-The noise is calibrated so that all a device may send in the whole campaign stays within epsilon and delta. Of the
-scenario's data set only the public catalogue is read and, without --clients, how many users there are.
+The first hides one record from everybody; the second all that a user contributes, from a server that keeps to the
+protocol too. With privacy.trust=central the server sees every change without noise, and adds the noise itself.
+
+The noise is calibrated so that all that may be seen of a device in the whole campaign keeps within epsilon and delta.
+Of the scenario's data set only the public catalogue is read and, without --clients, how many users there are.
 """
 
 _KEY_EXAMPLE = """\

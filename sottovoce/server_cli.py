@@ -12,6 +12,7 @@ from sottovoce.server_place import add_server_folder, opened_server, server_fold
 
 if TYPE_CHECKING:
     from server.folder import ServerFolder
+    from server.register import Device
 
 _EXAMPLES = """\
 from nothing to a device that takes part:
@@ -144,7 +145,8 @@ def _add_enrol(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = actions.add_parser(
         "enrol",
         help="let a device take part",
-        description="Enter a device in the register; a running server lets it in within seconds.",
+        description="Enter a device in the register and certify its key for its seat, so that other devices believe "
+        "it; a running server lets it in within seconds.",
         epilog="example: sottovoce server enrol device.pub --name kitchen",
     )
     parser.add_argument("public_key", metavar="DEVICE.pub", help="the device's public key: its file, or its line")
@@ -154,10 +156,12 @@ def _add_enrol(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _enrol(options: argparse.Namespace) -> int:
+    from server.credentials import certify_devices
     from server.register import enrol, key_fingerprint
 
     server = opened_server(options)
     device = enrol(server.folder, options.public_key, options.name, now=datetime.now(UTC))
+    certify_devices(server)
     print(f"enrolled {device.name}: seat {device.seat}, key {key_fingerprint(device.public_key)}")
     return 0
 
@@ -187,7 +191,7 @@ def _add_devices(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = actions.add_parser(
         "devices",
         help="who may take part",
-        description="List the register: name, seat, key, when enrolled and revoked.",
+        description="List the register: seat, name, whether enrolled, certified or revoked, key.",
         epilog="example: sottovoce server devices",
     )
     parser.add_argument("--json", action="store_true", help="print as JSON")
@@ -203,11 +207,16 @@ def _devices(options: argparse.Namespace) -> int:
         print(json.dumps([device.model_dump(mode="json") for device in devices], indent=2))
         return 0
     for device in devices:
-        state = f"revoked {device.revoked:%Y-%m-%d}" if device.revoked else "enrolled"
-        print(f"{device.seat}  {device.name}  {state}  {key_fingerprint(device.public_key)}")
+        print(f"{device.seat}  {device.name}  {_state(device)}  {key_fingerprint(device.public_key)}")
     if not devices:
         print("no device is enrolled; sottovoce server enrol DEVICE.pub --name NAME")
     return 0
+
+
+def _state(device: "Device") -> str:
+    if device.revoked:
+        return f"revoked {device.revoked:%Y-%m-%d}"
+    return "enrolled, certified" if device.certificate else "enrolled, not certified yet (server run does it)"
 
 
 def _add_run(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

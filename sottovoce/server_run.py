@@ -98,7 +98,11 @@ def _judge(server: "ServerFolder", campaign: "Campaign", options: argparse.Names
     if options.holdout is not None:
         columns = dict(pair.partition("=")[::2] for pair in options.holdout_columns.split(",") if pair)
         holdout = read_holdout(
-            options.holdout_format, options.holdout, columns=columns, records=options.holdout_records
+            options.holdout_format,
+            options.holdout,
+            columns=columns,
+            records=options.holdout_records,
+            data=campaign.scenario.data,
         )
         examiner = Examiner(campaign, holdout, cache=server.state / "holdout")
         _say(f"every round is scored on {len(holdout.records):,} records of {holdout.source}")
@@ -108,9 +112,12 @@ def _judge(server: "ServerFolder", campaign: "Campaign", options: argparse.Names
 def round_line(checkpoint: "Checkpoint", line: "Round | None", *, rounds: int) -> str:
     """What a round gave, for the operator."""
     counts = checkpoint.latest
-    rejected = ", ".join(f"{count} {code}" for code, count in sorted(counts.rejected.items())) or "none"
+    rejected = (
+        ", ".join(f"{count} {code}" for code, count in sorted(counts.rejected.items()) if code != "VOID") or "none"
+    )
+    void = "VOID, nothing was opened or used; " if "VOID" in counts.rejected else ""
     said = (
-        f"round {checkpoint.round_number} of {rounds}: replies {counts.replies}, rejected {rejected}, "
+        f"round {checkpoint.round_number} of {rounds}: {void}replies {counts.replies}, rejected {rejected}, "
         f"{counts.bytes_up:,} bytes up, {counts.bytes_down:,} down"
     )
     if line is None or line.score is None:

@@ -26,7 +26,7 @@ UNTIL = date(2099, 1, 1)
 def publish(scenario_path: Path, folder: Path, *, overrides: Sequence[str] = ()) -> SimpleNamespace:
     """Sign and publish the campaign of a scenario; returns ``campaign``, ``key`` (public) and ``private`` key path."""
     scenario = load_scenario(scenario_path, ("linear.enabled=false", *overrides))
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     planned = plan_campaigns(scenario, resident_base(scenario.model.base), dataset, quiet=True)[0]
     folder.mkdir(parents=True, exist_ok=True)
     campaign = write_campaign(folder / "campaign", planned.scenario, planned.policy, planned.start)
@@ -74,6 +74,7 @@ def consent(home: Home, published: SimpleNamespace) -> Campaign:
         published.campaign.folder,
         operator=published.key,
         until=UNTIL,
+        trust_server=published.campaign.policy.trust == "central",
     )
 
 

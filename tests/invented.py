@@ -187,3 +187,16 @@ def invented_run(
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
     return folder
+
+
+def add_statistics(folder: Path, *, epsilon: float | None = 8.0) -> Path:
+    """Give an invented run the rows of the release of item statistics, worse than ``personal`` by .01."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    value = summary["rows"]["personal"]["rmse"]["value"] + 0.01
+    summary["rows"] |= {"dp-statistics-shared": scores(value + 0.09), "dp-statistics": scores(value)}
+    summary["differences"]["personal - dp-statistics"] = {"rmse": interval(-0.01, 0.004)}
+    claim = privacy(epsilon, "none" if epsilon is None else "local")
+    summary["privacy_statistics"] = claim | {"sentence": f"Statistics, once: ({epsilon}, 1e-5) per record."}
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    return folder

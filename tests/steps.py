@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import client.optimizer
-from client.optimizer import OPTIMIZERS, PolicyOptimizer
+from client.optimizer import PolicyOptimizer
 from client.train import make_trainable, train_shared
 from shared.adapter import load_start, make_start, read_shared, shared_parameters, shared_slots
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
@@ -203,4 +203,4 @@ class Sums:
 
 def use(monkeypatch, optimizer: type[PolicyOptimizer]) -> None:
     """Train with another optimizer."""
-    monkeypatch.setitem(OPTIMIZERS, "local", optimizer)
+    monkeypatch.setattr("client.optimizer.PolicyOptimizer", optimizer)

@@ -17,7 +17,7 @@ from client.runtime import open_base, open_head
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError
 from shared.features import compute_features
-from shared.head import RatingHead, pooled_features
+from shared.head import OutputLayer, RatingHead, pooled_features
 
 TARGETS = ("attention.output.dense", "output.dense")
 TASK = TaskConfig()
@@ -48,8 +48,7 @@ def write_head(folder, base_folder, head, texts, *, seed=0, user="u1"):
         folder,
         base_folder=base_folder,
         head=head,
-        output_weight=weight,
-        output_bias=bias,
+        output=OutputLayer(weight, bias),
         user=user,
         privacy=PRIVACY,
         probe_texts=texts,
@@ -229,8 +228,7 @@ def test_an_all_zero_adapter_is_the_base(fleet, tiny_base, tiny_texts, tmp_path)
         tmp_path / "u1",
         base_folder=fleet,
         head=head,
-        output_weight=np.zeros(tiny_base.hidden_size),
-        output_bias=TASK.centre,
+        output=OutputLayer(np.zeros(tiny_base.hidden_size), TASK.centre),
         user="u1",
         privacy={},
         probe_texts=tiny_texts,
@@ -287,13 +285,12 @@ def test_impossible_requests_are_refused(fleet, tiny_base, tiny_texts, tmp_path)
         export(targets=["output.LayerNorm"])
     with pytest.raises(HeadError, match="at least 16 different texts, got 1"):
         export(probe_texts=["the same"] * 20)
-    with pytest.raises(HeadError, match=r"output_weight must have shape \(32,\)"):
+    with pytest.raises(HeadError, match=r"output\.weight must be folded from shape \(32,\)"):
         export_head(
             tmp_path / "u1",
             base_folder=fleet,
             head=make_head(tiny_base),
-            output_weight=np.zeros(31),
-            output_bias=3.0,
+            output=OutputLayer(np.zeros(31), 3.0),
             user="u1",
             privacy={},
             probe_texts=tiny_texts,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from client.owner_words import status_lines
 from client.place import default_home
 from client.verify import keep_head
 from shared.datasets.records import Record
-from shared.errors import LedgerError, StoreError
+from shared.errors import LedgerError, PrivacyError, StoreError
 from shared.signing import new_key
 from sottovoce.cli import main
 
@@ -231,6 +232,76 @@ def test_consent_shows_what_is_asked_and_needs_a_yes(home, operator, published, 
     (kept / "shared.safetensors").write_bytes(b"newest")
     assert "once" in refused(capsys, *arguments, "--yes")
     assert (kept / "shared.safetensors").exists()  # a refused second consent changes nothing
+
+
+def consent_words(home, campaign, *more):
+    operator = campaign.private.with_name(f"{campaign.private.name}.pub")
+    common = ("--home", home, "--operator", operator, "--until", "2099-12-31", "--yes")
+    return ("consent", campaign.campaign.folder, *common, *more)
+
+
+def test_a_server_that_sees_changes_without_noise_must_be_agreed_to_in_so_many_words(home, hiding_users, capsys):
+    central = hiding_users["central"]
+    before = snapshot(home)
+    code, out, err = run(capsys, *consent_words(home, central))
+    assert code == 2
+    assert "trusts: THE SERVER. It sees this device's change WITHOUT noise" in out
+    assert "leaves the device: the clipped change of the shared numbers WITHOUT noise; " in out
+    assert "hides: all that this device contributes" in out
+    assert "must be agreed to with --trust-server" in err
+    assert "without noise and only promises to add it" in err
+    assert snapshot(home) == before
+    with pytest.raises(PrivacyError, match="--trust-server"):  # whoever calls it
+        consent.agree(open_home(home), central.campaign.folder, operator=central.key, until=date(2099, 12, 31))
+    assert not open_home(home).ledger().consents()
+    assert not (home / "campaigns").exists()
+    assert run(capsys, *consent_words(home, central, "--trust-server"))[0] == 0
+    [standing] = open_home(home).ledger().consents()
+    assert standing.consent.policy == central.campaign.policy.sha256
+    assert "NOT FROM THE SERVER, which sees it without noise" in run(capsys, "status", "--home", home)[1]
+
+
+def test_what_a_secure_sum_rests_on_is_said_before_it_is_agreed_to(home, hiding_users, capsys):
+    campaign = hiding_users["distributed"]
+    policy = campaign.campaign.policy
+    code, out, _ = run(capsys, *consent_words(home, campaign))
+    assert code == 0
+    terms = policy.secure_sum
+    for said in (
+        "the server to keep to the protocol",
+        "to enrol no device of its own invention",
+        f"of a round's {policy.cohort_size} devices, at most {terms.colluders} tell it their noise",
+        f"of this device's {terms.neighbours} neighbours fewer than {terms.threshold}",
+        "a masked vector, which alone looks like random numbers",
+        f"and the sum of at least {terms.min_survivors} devices with the noise of all of them",
+        "With fewer the round is void: spent",
+        "with a share of the noise, masked; one-time keys, and sealed shares of them for other devices; ",
+    ):
+        assert said in out
+    for wrong in ("WITHOUT", "nobody; the noise", "one record"):
+        assert wrong not in out
+    assert "from a server that keeps to the protocol too" in run(capsys, "status", "--home", home)[1]
+    [told] = json.loads(run(capsys, "status", "--home", home, "--json")[1])["campaigns"]
+    assert (told["unit"], told["trust"]) == ("user", "distributed")
+
+
+def test_status_says_nothing_of_a_copy_that_was_altered(active, published, capsys):
+    assert "hides one record, from everybody" in run(capsys, "status", "--home", active.folder)[1]
+    path = active.campaign_folder(published.campaign.policy.sha256) / "policy.json"
+    path.write_text(path.read_text().replace('"trust": "local"', '"trust": "central"'))
+    assert "hides" not in run(capsys, "status", "--home", active.folder)[1]
+    path.unlink()
+    assert "hides" not in run(capsys, "status", "--home", active.folder)[1]
+
+
+@pytest.mark.parametrize("trust", ["central", "distributed"])
+def test_the_bytes_of_a_sum_are_those_of_its_integers(homes, hiding_users, trust, tmp_path):
+    campaign = hiding_users[trust]
+    home = homes.make_home(tmp_path / "a")
+    asked = consent.examine_offer(home, campaign.campaign.folder, operator=campaign.key, until=date(2099, 1, 1))
+    size = sum(math.prod(shape) for _, shape in campaign.campaign.policy.slots)
+    assert asked.numbers == size
+    assert 4 * size < asked.payload_bytes < 4 * size + 200
 
 
 def test_init_agrees_at_once_where_everything_for_it_is_given(operator, published, tmp_path, capsys):
@@ -502,7 +573,7 @@ def test_forget_deletes_and_the_receipt_says_what_and_what_not(active, homes, pu
     event = owner.history(active)[-1]
     assert event["event"] == "forget"
     assert event["receipt"]["sha256"] == hashlib.sha256(content).hexdigest()
-    assert "1 noised replies" in out
+    assert "stays out: 1 replies, together within epsilon" in out
     after = active.ledger().totals()
     assert (after.epsilon, after.delta) == (spent.epsilon, spent.delta)
     for command in ("status", "history"):

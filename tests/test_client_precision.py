@@ -20,7 +20,7 @@ from client.runtime import open_base, open_head
 from client.verify import open_home_base, open_personal
 from shared.config import AdapterConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError, SottovoceError
-from shared.head import RatingHead
+from shared.head import OutputLayer, RatingHead
 from shared.signing import load_private
 from sottovoce.cli import main
 
@@ -109,8 +109,7 @@ def test_a_head_on_8_bits_is_compared_with_torch_and_known_by_its_own_answer(
     settings = {
         "base_folder": tmp_path / "base",
         "head": head,
-        "output_weight": np.random.default_rng(0).normal(size=32),
-        "output_bias": 3.2,
+        "output": OutputLayer(np.random.default_rng(0).normal(size=32), 3.2),
         "user": "ann",
         "privacy": {},
         "probe_texts": tiny_texts,

@@ -19,7 +19,7 @@ from client.export import export_head
 from client.runtime import ADAPTER, MANIFEST, MODEL, TOKENIZER, base_id, open_base, open_head
 from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError
-from shared.head import RatingHead
+from shared.head import OutputLayer, RatingHead
 
 TEXT = "Fargo (1996). Crime, Drama, Thriller"
 SLOT = "lora.block.1.output.dense"
@@ -41,8 +41,7 @@ def heads(tiny_base, tiny_fleet, tiny_texts, tmp_path_factory):
             folder / user,
             base_folder=folder / "base",
             head=head,
-            output_weight=np.random.default_rng(seed).normal(size=tiny_base.hidden_size) * 6,
-            output_bias=3.0,
+            output=OutputLayer(np.random.default_rng(seed).normal(size=tiny_base.hidden_size) * 6, 3.0),
             user=user,
             privacy={},
             probe_texts=tiny_texts,

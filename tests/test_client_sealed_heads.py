@@ -20,7 +20,7 @@ from client.sealed_heads import HeadShelf, HeadVersion
 from client.vault import create_vault, open_vault, shred_vault
 from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError, StoreError
-from shared.head import RatingHead
+from shared.head import OutputLayer, RatingHead
 
 SENTINEL = b"xyzzy-7f3a-a-personal-tensor"
 
@@ -287,8 +287,7 @@ def head(tiny_base, tiny_fleet, tiny_texts, tmp_path_factory):
         folder,
         base_folder=tiny_fleet,
         head=module,
-        output_weight=np.random.default_rng(0).normal(size=tiny_base.hidden_size) * 6,
-        output_bias=3.0,
+        output=OutputLayer(np.random.default_rng(0).normal(size=tiny_base.hidden_size) * 6, 3.0),
         user="ann",
         privacy={},
         probe_texts=tiny_texts,

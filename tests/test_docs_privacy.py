@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from shared.accounting import Mechanism, epsilon, epsilon_together, grid_excess
+from shared.accounting import DistributedMechanism, Mechanism, epsilon, epsilon_together, grid_excess
 from shared.adapter import MAX_ABS_VALUE
 from shared.clipping import _ROUNDING_MARGIN
 from shared.noise import GRID_SIGMA
-from shared.policy import _COARSEST
+from shared.promise import _COARSEST
 from shared.wire import REFUSALS
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +156,21 @@ def test_signal_against_noise():
     assert len(rows) == 9
     for numbers, devices, records in rows:
         assert int(records) == math.ceil(noise * math.sqrt(int(numbers) * int(devices)))
+
+
+def test_noise_of_users():
+    rows = table("users")
+    assert [row[0] for row in rows] == ["1", "2", "4", "8"]
+    for (target, central, shared, *users), same in zip(rows, noise_table()["1", "1", "20"], strict=True):
+        assert central == same
+
+        def price(noise: Decimal) -> float:
+            return epsilon(DistributedMechanism(float(noise), 20, 2000, shares=70, share_sigma=2.0**16), delta=DELTA)
+
+        noise = Decimal(shared)
+        assert price(noise) <= float(target) < price(noise - Decimal(str(unit(shared))))
+        assert 1.06 < float(shared) / float(central) < 1.09
+        assert [int(cell) for cell in users] == [math.ceil(float(shared) * math.sqrt(d)) for d in (385, 2000)]
 
 
 def test_what_the_grid_costs():

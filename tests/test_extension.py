@@ -13,13 +13,14 @@ from transformers import ElectraConfig, ElectraModel
 
 from client.personalize import PersonalMethod, PrivateOutput, personal_method
 from shared.campaign import make_head
+from shared.compatible import check_compatible, check_extensions, check_family, choices, extensions
 from shared.config import PersonalConfig, Scenario, load_scenario
 from shared.datasets import read
 from shared.errors import AssetError, CampaignError, DataError, PrivacyError, ScenarioError
 from shared.lora import inject
 from shared.metrics import METRICS, score_row
 from shared.model import load_base
-from shared.policy import Policy, check_compatible, check_extensions, check_family, choices, extensions, read_policy
+from shared.policy import Policy, read_policy
 from shared.registry import KINDS
 from simulations.run import simulate
 

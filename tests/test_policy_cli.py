@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 import simulations.publish
 from shared.accounting import calibrate_noise, epsilon
 from shared.campaign import read_campaign
+from shared.compatible import extensions
 from shared.config import load_scenario
 from shared.noise import GRID_SIGMA
-from shared.policy import extensions, hash_arrays, hash_settings
+from shared.policy import hash_arrays, hash_settings
 from shared.signing import fingerprint, load_private, load_public, sign_policy
-from simulations.publish import WORDS, publish
+from simulations.publish import WORDS, constant_lines, describe, lines, publish
 from sottovoce.cli import main
 
 
@@ -156,8 +157,10 @@ def test_a_campaign_on_devices_has_neither_a_companion_nor_further_seeds(signed)
         (("--clients", "0"), "--clients must be from 1 to 10,000,000, got 0"),
         (("--clients", "100000000000"), "--clients must be from 1 to 10,000,000, got"),
         (("--clients", "many"), "argument --clients: invalid int value: 'many'"),
-        (("--set", "privacy.trust=none"), "privacy.trust must be 'local' for a campaign on devices, got 'none'"),
-        (("--set", "privacy.unit=user"), "privacy.unit must be"),
+        (("--set", "privacy.trust=none"), "privacy.trust must be 'local', 'distributed' or 'central' for"),
+        (("--set", "privacy.unit=user"), "unit 'user' under trust 'local' has no mechanism; allowed: unit 'record'"),
+        (("--set", "privacy.trust=central"), "unit 'record' under trust 'central' has no mechanism"),
+        (("--set", "privacy.unit=team"), "privacy.unit must be"),
         (("--set", "colour=red"), "colour is not a setting"),
         (("--set", "personal.method=fedper"), "personal.method must be"),
     ],
@@ -201,6 +204,41 @@ def test_show_says_every_constant_and_recomputes_the_price(signed, run):
         assert json.dumps(value) in text
     assert found["signature"]["key"] in text
     assert f"{sent['bytes_up']:,} bytes: the noised change of {sent['parameters']:,} shared numbers" in text
+
+
+def shown(campaign):
+    found = describe(campaign)
+    return found, "\n".join([*lines(found), *constant_lines(found)])
+
+
+def test_show_says_of_central_that_the_server_sees_changes_without_noise(hiding_users):
+    campaign = hiding_users["central"].campaign
+    found, text = shown(campaign)
+    assert (found["price"]["unit"], found["price"]["kept"]) == ("user", True)
+    assert found["price"]["epsilon"] == epsilon(campaign.policy.mechanism, delta=1e-4)
+    assert "user-level (epsilon = " in text
+    assert "for all that everybody but the server ever sees of one device" in text
+    assert "trusted: the server (noise is added there)" in text
+    assert "not hidden: anything from the server, which sees every device's change without noise" in text
+    assert "the clipped change, WITHOUT noise, of" in text
+    for wrong in ("one-time keys", "nobody (local noise", "whether any one record", "noised change"):
+        assert wrong not in text
+
+
+def test_show_says_of_distributed_what_it_rests_on(hiding_users):
+    campaign = hiding_users["distributed"].campaign
+    found, text = shown(campaign)
+    terms = campaign.policy.secure_sum
+    assert found["price"]["epsilon"] == epsilon(campaign.policy.mechanism, delta=1e-4)
+    assert found["price"]["kept"] is True
+    assert "all that a server that keeps to the protocol, and everybody else, ever sees of one device" in text
+    assert f"t = {terms.threshold} of {terms.neighbours} neighbours" in text
+    assert f"c = {terms.colluders} of at least {terms.min_survivors} survivors" in text
+    assert "the masked change, with a share of the noise, of" in text
+    assert "one-time keys, and sealed shares of them for other devices" in text
+    assert f'"min_survivors": {terms.min_survivors}' in text
+    for wrong in ("WITHOUT noise", "nobody (local noise", "whether any one record"):
+        assert wrong not in text
 
 
 def test_every_constant_of_a_policy_has_words(signed):
@@ -312,8 +350,8 @@ def another_shape(folder):
         (more_rounds, "a policy's constants must give the epsilon it states"),
         (lambda f: alter(f, epsilon=1.0), "must give the epsilon it states, 1;"),
         (lambda f: alter(f, delta=1e-9), "must give the epsilon it states"),
-        (lambda f: alter(f, clip_norm=1.4), "grid must be"),
-        (lambda f: alter(f, noise_multiplier=0.0), "must be"),
+        (lambda f: alter(f, clip_norm=1.4), "a policy's grid must follow from its noise, its bound"),
+        (lambda f: alter(f, noise_multiplier=0.0), "a policy's grid must follow from its noise"),
         (lambda f: alter(f, trust="none", epsilon=None, delta=None), "it was altered"),
         (lambda f: alter(f, personal_method="none"), "it was altered"),
         (lambda f: alter(f, extensions=["technique 'x' of y 1"]), "the policy names technique 'x' of y 1"),

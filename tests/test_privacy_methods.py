@@ -10,11 +10,11 @@ from torch import nn
 from client.personalize import PERSONAL_METHODS, fit_ridge
 from client.train import make_trainable
 from shared.adapter import load_shared
+from shared.compatible import SEQUENTIAL, Choices, check_compatible
 from shared.config import PersonalConfig
 from shared.errors import PrivacyError, ScenarioError
 from shared.head import RatingHead, pooled_features
 from shared.lora import FEDERATION_METHODS, TECHNIQUES
-from shared.policy import SEQUENTIAL, Choices, check_compatible
 from shared.registry import names
 
 UNITS = ("record", "user")
@@ -60,7 +60,9 @@ def test_exactly_the_allowed_combinations_pass_and_others_are_told_what_is(insta
     assert passed == {
         (federation, personal, technique, unit, trust)
         for federation, personal, technique, unit, trust in everything
-        if trust == "none" or (unit == "record" and trust == "local" and personal in unread)
+        if trust == "none"
+        or (unit == "record" and trust == "local" and personal in unread)
+        or (unit == "user" and trust in ("central", "distributed"))  # the whole change is clipped, whatever it read
     }
     for (_, personal, _, unit, trust), says in refused.items():
         if (unit, trust) == ("record", "local"):
@@ -68,7 +70,7 @@ def test_exactly_the_allowed_combinations_pass_and_others_are_told_what_is(insta
             assert f"allowed personal methods here: {list(SEQUENTIAL)}" in says
             assert "read_by_shared_step = False" in says
         else:
-            assert "allowed: unit 'record' under trust 'local'" in says
+            assert "allowed: unit 'record' under trust 'local', unit 'user' under trust 'distributed'" in says
     assert {personal for _, personal, *rest in refused if rest[1:] == ["record", "local"]} == {
         "joint",
         "silent",

@@ -451,7 +451,7 @@ def test_records_enter_the_steps_by_independent_coins(make, monkeypatch, source)
     setting = make("rating", blocks=0)
     rate, steps = 2 / 7, 400
     policy, head = setting.policy(sampling_rate=rate, steps=steps), setting.fresh_head()
-    monkeypatch.setitem(client.train.OPTIMIZERS, "local", Idle)
+    monkeypatch.setattr("client.optimizer.PolicyOptimizer", Idle)
     np.random.seed(0)
 
     def drawn():

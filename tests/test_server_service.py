@@ -60,9 +60,11 @@ def folder(tmp_path):
 
 @pytest.fixture
 def watch(folder, link, monkeypatch):
-    monkeypatch.setattr(server.service, "SuperLink", lambda _: SimpleNamespace(address="", port=1, pid=2, starts=1))
+    monkeypatch.setattr(
+        server.service, "SuperLink", lambda _, **__: SimpleNamespace(address="", port=1, pid=2, starts=1)
+    )
     monkeypatch.setattr(server.service, "Control", lambda *_, **__: link)
-    policy = SimpleNamespace(campaign="c", sha256="p", cohort_size=2)
+    policy = SimpleNamespace(campaign="c", sha256="p", cohort_size=2, trust="local")
     made = server.service._Watch(folder, SimpleNamespace(policy=policy))
     made._front = SimpleNamespace(counts=dict)
     return made

@@ -20,7 +20,7 @@ from shared.campaign import read_campaign
 from shared.errors import CampaignError, ServerError, SottovoceError
 from shared.signing import load_private, sign_policy
 from sottovoce.server_cli import add_parser
-from sottovoce.server_run import _judge
+from sottovoce.server_run import _judge, round_line
 
 CURVE = (1.0, 0.9, 0.95, 0.94)
 LIVE = {
@@ -141,6 +141,24 @@ def test_a_new_server_and_a_damaged_campaign_have_a_status(server):
     shutil.copytree(server.campaigns / "tiny", server.campaigns / ".tiny.1")  # one that is being made
     said = "\n".join(lines(status(server)))
     assert said.count("DAMAGED") == 1
+
+
+def test_void_rounds_are_counted_apart_from_replies(server, campaign):
+    place = campaign.folder / "checkpoints"
+    newest = last_checkpoint(place, policy_sha256=campaign.policy.sha256)
+    latest = Counts(0, {"VOID": 1, "NO_REPLY": 2})
+    void = replace(newest, round_number=4, latest=latest, total=newest.total + latest)
+    save_checkpoint(place, void)
+    [told] = status(server)["campaigns"]
+    assert (told["void"], told["rejected"]) == (1, {"PAUSED": 4, "NORM": 1, "NO_REPLY": 2})
+    said = "\n".join(lines(status(server)))
+    assert "replies: 6 used, 7 not (PAUSED 4, NO_REPLY 2, NORM 1)" in said
+    assert "void rounds: 1 (too few devices stayed, so no sum was opened" in said
+    assert "hides one record, trust local" in said
+    assert round_line(void, None, rounds=9).startswith(
+        "round 4 of 9: VOID, nothing was opened or used; replies 0, rejected 2 NO_REPLY, "
+    )
+    assert "VOID" not in round_line(newest, None, rounds=9)
 
 
 def test_who_is_live_is_told_only_while_a_server_runs(server):

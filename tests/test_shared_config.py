@@ -57,7 +57,10 @@ def test_a_resolved_scenario_is_read_back_as_itself(tmp_path):
             "[privacy]\nmax_participations = 2.5",
             ["privacy.max_participations must be a valid integer", "2.5"],
         ),
-        ('[privacy]\ntrust = "central"', ["privacy.trust must be 'local' or 'none'", "'central'"]),
+        (
+            '[privacy]\ntrust = "nobody"',
+            ["privacy.trust must be 'local', 'distributed', 'central' or 'none'", "'nobody'"],
+        ),
         ('[federation]\nmethod = "fedsgd"', ["federation.method must be 'fedavg' or 'ffa-lora'", "'fedsgd'"]),
         ('[model]\nhead_blocks = "some"', ["model.head_blocks must be a valid integer or 'all'", "'some'"]),
         ("[task]\nlow = 5.0\nhigh = 5.0", ["task.low must be below task.high", "5.0"]),

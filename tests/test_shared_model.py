@@ -133,11 +133,14 @@ def test_the_folded_output_predicts_what_the_head_predicts(tiny_base, tiny_texts
     with torch.no_grad():
         for parameter in shared_parameters(head).values():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    weight, bias = head.output_layer()
+    output = head.output_layer()
     rows = list(range(len(features)))
     with torch.no_grad():
         wanted = head.predict(*features.batch(rows)).numpy()
-    np.testing.assert_allclose(pooled_features(head, features) @ weight + bias, wanted, atol=1e-4)
+    pooled = pooled_features(head, features)
+    np.testing.assert_allclose(pooled @ output.weight + output.bias, wanted, atol=1e-4)
+    np.testing.assert_allclose(head.apply_output(pooled, output), wanted, atol=1e-4)
+    assert output.kernel.shape == (0,)
 
 
 def test_arrays_go_in_and_out_and_wrong_ones_stay_out(tiny_base):

@@ -9,11 +9,11 @@ from pydantic import TypeAdapter
 
 from client.personalize import PERSONAL_METHODS
 from shared import config, registry
+from shared.compatible import SEQUENTIAL
 from shared.config import PersonalConfig
 from shared.datasets import READERS
 from shared.errors import ScenarioError
 from shared.lora import FEDERATION_METHODS, PARTS, TECHNIQUES, FederationMethod
-from shared.policy import SEQUENTIAL
 
 OWN = {"plain": len}
 

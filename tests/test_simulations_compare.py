@@ -247,3 +247,21 @@ def test_the_command_still_reports_one_run(runs: list[Path], capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {runs[0] / 'report.html'}"
     assert main(["report", str(runs[0]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["schema"] == 2
+
+
+def test_the_release_of_statistics_has_its_own_claim_and_line(runs: list[Path], tmp_path: Path, invented: Any) -> None:
+    for run, epsilon in zip(runs, (1.5, 7.5, None), strict=True):
+        invented.add_statistics(run, epsilon=epsilon)
+    comparison = read_runs(runs)
+    private = table(lines(comparison), "Privacy")
+    assert private["dp-statistics"] == [
+        "ε = 1.5 per record, δ = 1e-05", "ε = 7.5 per record, δ = 1e-05", "NOT PRIVATE"
+    ]  # fmt: skip
+    found = as_json(comparison)["runs"]
+    assert [run["privacy_statistics"]["epsilon"] for run in found] == [1.5, 7.5, None]
+    utility = {
+        trace["name"]: trace
+        for trace in figures(write_comparison(comparison, out=tmp_path / "c.html"))["utility"]["data"]
+    }
+    assert utility["dp-statistics, per record"]["x"] == [1.5, 7.5]
+    assert "local, per record" not in utility

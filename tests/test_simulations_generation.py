@@ -52,7 +52,7 @@ def test_a_run_folder_quotes_nobody(run):
     files = [path for path in out.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"report.html", "summary.json", "metrics.jsonl", "adapter.safetensors"}
     assert [path for path in files if PLANTED.encode() in path.read_bytes()] == []
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     assert any(PLANTED in record.text + record.response for user in dataset.users for record in user.train)
 
 
@@ -93,7 +93,7 @@ def test_the_base_s_row_is_what_transformers_says(run):
 
     scenario, _, summary = run
     base = resident_base(scenario.model.base)
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     whole = LlamaForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     total = tokens = 0.0
     for record in (record for user in dataset.users for record in user.test):

@@ -444,3 +444,33 @@ def test_a_run_that_was_continued_says_so(run_folder: Path) -> None:
     text = report(run_folder).text
     assert "the cost is that of the last process only" in text
     assert "lora, seed 1: after round 7, at 2031-05-06T08:00:00" in text
+
+
+def test_another_release_on_the_same_data_is_explained_with_its_own_claim(run_folder: Path, invented: Any) -> None:
+    assert not any(words.get("id") == "statistics" for _, words in report(run_folder).tags)
+    page = report(invented.add_statistics(run_folder))
+    assert any(words.get("id") == "statistics" for _, words in page.tags)
+    assert "no description" not in page.text
+    assert "another release on the same data, with a claim of its own: Statistics, once: (8.0, 1e-5)" in page.text
+    assert "better than dp-statistics (1.060 [1.040, 1.080]) by 0.0100 (95 % interval 0.0060 to 0.0140)" in page.text
+    assert [line.split()[1] for line in headline(read(run_folder / "summary.json"))[1:4]] == [
+        "local", "dp-statistics", "federated"
+    ]  # fmt: skip
+
+
+def test_a_release_without_noise_makes_no_claim(tmp_path: Path, invented: Any) -> None:
+    folder = invented.add_statistics(invented.invented_run(tmp_path / "bare", epsilon=None), epsilon=None)
+    assert "NOT PRIVATE" in report(folder).text
+
+
+@pytest.mark.parametrize(
+    ("stamp", "said"),
+    [
+        ("tuning: not covered", "ε does not cover that choice"),
+        ("tuning run: these users take part in no campaign", "whom the scenario sets aside"),
+        ("tuning: constants chosen on users outside the campaign, as the scenario states", "nothing in this run can"),
+    ],
+)
+def test_every_stamp_about_tuning_is_explained(run_folder: Path, stamp: str, said: str) -> None:
+    change_summary(run_folder, stamps=[stamp])
+    assert said in report(run_folder).text

@@ -46,7 +46,7 @@ def run(tiny_world, tmp_path_factory):
 
 
 def plan(scenario):
-    dataset = resident_dataset(scenario.data.format, scenario.data.source)
+    dataset = resident_dataset(scenario.data)
     return plan_campaigns(scenario, resident_base(scenario.model.base), dataset, quiet=True)
 
 
@@ -92,7 +92,8 @@ def test_the_run_folder_holds_what_the_documentation_says(run):
     assert load_scenario(out / "scenario.json") == scenario
     assert read_json(out / "summary.json") == json.loads(json.dumps(summary))
     assert set(summary["rows"]) == {
-        "constant", "user-mean", "pooled", "local", "federated", "personal", "federated-linear", "personal-linear"
+        "constant", "user-mean", "pooled", "local", "federated", "personal", "federated-linear", "personal-linear",
+        "dp-statistics", "dp-statistics-shared",
     }  # fmt: skip
     for row in summary["rows"].values():
         assert {"rmse", "mae", "accuracy", "user_rmse", "worst_decile", "share_gaining"} == set(row)
@@ -105,6 +106,11 @@ def test_the_run_folder_holds_what_the_documentation_says(run):
     assert summary["privacy"]["epsilon"] <= 8.0
     assert summary["privacy"]["noise"] == "seeded"
     assert "noise: seeded" in summary["stamps"]
+    assert "personal - dp-statistics" in summary["differences"]
+    assert 7.9 < summary["privacy_statistics"]["epsilon"] <= 8.0
+    together = next(stamp for stamp in summary["stamps"] if stamp.startswith("each is priced alone; "))
+    assert "lora and linear and dp-statistics on the same records would together spend ε = " in together
+    assert float(together.split()[-1]) > 1.5 * summary["privacy"]["epsilon"]
     assert "it protects nobody" in (out / "report.html").read_text(encoding="utf-8")
     lines_ = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines_ if line["campaign"] == "lora"] == [0, 1, 2, 3]

@@ -70,12 +70,15 @@ users = 0
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """MovieLens with the three users who rated least but twenty films; the whole public catalogue."""
+    return few_users(tmp_path_factory.mktemp("ml-three"), DEVICES)
+
+
+def few_users(folder, count):
+    """MovieLens with the users who rated least but twenty films; the whole public catalogue."""
     published = Path(resolve("asset:ml-100k", quiet=True))
-    folder = tmp_path_factory.mktemp("ml-three")
     header, *rows = (published / "ml-100k.inter").read_text(encoding="utf-8").splitlines()
     counts = Counter(row.split("\t")[0] for row in rows)
-    users = sorted(counts, key=lambda user: (counts[user], user))[:DEVICES]
+    users = sorted(counts, key=lambda user: (counts[user], user))[:count]
     kept = [row for row in rows if row.split("\t")[0] in users]
     (folder / "ml-100k.inter").write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
     (folder / "ml-100k.item").write_bytes((published / "ml-100k.item").read_bytes())
@@ -191,3 +194,64 @@ def test_a_campaign_from_the_first_key_to_an_answer(data, tmp_path, monkeypatch)
         answer = json.loads(sottovoce("client", "predict", "--text", text, "--json", *place))
         assert answer["personal"] is True
         assert 1 <= answer["predictions"][0]["prediction"] <= 5
+
+
+USERS = """\
+name = "users"
+
+[data]
+source = "{data}"
+
+[model]
+head_blocks = 0
+
+[adapter]
+kernel_features = 64
+whitened_features = 0
+constant_feature = 0.015
+
+[federation]
+rounds = 3
+cohort_size = 5
+server_optimizer = "momentum"
+round_timeout_s = 90.0
+
+[privacy]
+unit = "user"
+trust = "distributed"
+max_participations = 3
+survivors = 0.8
+colluders = 0.0
+
+[linear]
+enabled = false
+
+[export]
+users = 0
+"""
+
+
+def test_five_devices_sum_in_secret_and_go_on_without_the_one_whose_owner_pauses(tmp_path):
+    data = few_users(tmp_path / "data", 5)
+    scenario = tmp_path / "users.toml"
+    scenario.write_text(USERS.format(data=data), encoding="utf-8")
+    records = [user.fit for user in read("movielens-100k", data).users]
+    fleet = make_fleet(tmp_path / "fleet", scenario, name="users", records=records)
+    with federation(fleet) as processes:
+        paused = False
+        while processes["server"].poll() is None:
+            if not paused and read_rounds(fleet.campaign):
+                sottovoce("client", "pause", "--yes", "--home", str(fleet.home(2)))
+                paused = True
+            time.sleep(0.2)
+        wait_for_end(fleet, processes, timeout_s=1)
+    campaign = read_campaign(fleet.campaign)
+    last = last_checkpoint(fleet.campaign / "checkpoints", policy_sha256=campaign.policy.sha256)
+    assert last.round_number == 3
+    assert last.total.replies in (12, 13)  # the pause may come before or after the second round has begun
+    assert last.total.rejected == {"PAUSED": 15 - last.total.replies - 0}
+    assert any(not np.array_equal(array, campaign.start[name]) for name, array in last.arrays.items())
+    for device in range(5):
+        told = json.loads(sottovoce("client", "status", "--json", "--home", str(fleet.home(device))))
+        [standing] = told["campaigns"]
+        assert standing["rounds_sent"] == (3 if device != 2 else last.total.replies - 12)

@@ -1,0 +1,112 @@
+"""What may be combined: rule P1 over methods, technique, unit and trust; and the packages a policy names for them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shared.config import Scenario
+from shared.datasets import READERS
+from shared.errors import CampaignError, PrivacyError
+from shared.lora import FEDERATION_METHODS, TECHNIQUES
+from shared.registry import KINDS, check_name, extension, lookup
+
+if TYPE_CHECKING:
+    from shared.policy import Policy
+
+_FAMILY = KINDS["families"]
+PROMISES = (("record", "local"), ("user", "distributed"), ("user", "central"))  # unit and trust that have a mechanism
+
+# Rule P1. At user level a device's whole change is clipped, whatever it read, and nothing else leaves: any method may
+# be combined. At record level the shared step reads base, public start, shared tensors, policy and raw records, never a
+# tensor trained without noise on the same records. A federation method is data (``FederationMethod``) and cannot read
+# more, a technique adds trainable factors of the shared tensors and nothing else (``inject``); a personal method says
+# of itself whether it is read. Ours are named here, for a server has no client code.
+SEQUENTIAL: tuple[str, ...] = ("none", "fine-tune")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What must fit together for a guarantee to hold (rule P1)."""
+
+    federation_method: str
+    personal_method: str
+    technique: str
+    unit: str
+    trust: str
+
+
+def choices(source: "Scenario | Policy") -> Choices:
+    """What a scenario, or a policy, combines."""
+    if isinstance(source, Scenario):
+        privacy = source.privacy
+        return Choices(
+            source.federation.method, source.personal.method, source.adapter.technique, privacy.unit, privacy.trust
+        )
+    return Choices(source.federation_method, source.personal_method, source.technique, source.unit, source.trust)
+
+
+def check_compatible(chosen: Choices) -> None:
+    """The one check of rule P1: no shared, accounted step may read what was trained without noise on the same records.
+
+    Raises:
+        ScenarioError: A method or technique is known to nobody.
+        PrivacyError: A private part would reach back into the shared step, or the unit is one without a mechanism; the
+            message names what is allowed.
+    """
+    check_name("federation_methods", chosen.federation_method, FEDERATION_METHODS)
+    check_name("techniques", chosen.technique, TECHNIQUES)
+    reads = read_by_shared_step(chosen.personal_method)
+    if chosen.trust == "none":
+        return
+    if (chosen.unit, chosen.trust) not in PROMISES:
+        allowed = ", ".join(f"unit {unit!r} under trust {trust!r}" for unit, trust in PROMISES)
+        raise PrivacyError(
+            f"a guarantee for unit {chosen.unit!r} under trust {chosen.trust!r} has no mechanism; allowed: {allowed}."
+        )
+    if chosen.unit == "record" and reads is not False:
+        raise PrivacyError(
+            f"personal.method = {chosen.personal_method!r} with federation.method = {chosen.federation_method!r} and "
+            f"adapter.technique = {chosen.technique!r} is not private at unit {chosen.unit!r}; allowed personal "
+            f"methods here: {list(SEQUENTIAL)}, or one that declares read_by_shared_step = False."
+        )
+
+
+def read_by_shared_step(personal_method: str) -> object:
+    """What a personal method declares; only ``False`` means that shared training never reads what it fits."""
+    ours = dict.fromkeys(SEQUENTIAL, False)
+    if check_name("personal_methods", personal_method, ours) is None:
+        return False
+    return getattr(lookup("personal_methods", personal_method, {}, object), "read_by_shared_step", None)
+
+
+def extensions(scenario: Scenario) -> tuple[str, ...]:
+    """Every choice of a scenario that is not built in, with its package: ``personal method 'x' of PACKAGE VERSION``."""
+    chosen = (
+        ("federation_methods", scenario.federation.method, FEDERATION_METHODS),
+        ("personal_methods", scenario.personal.method, SEQUENTIAL),
+        ("techniques", scenario.adapter.technique, TECHNIQUES),
+        ("readers", scenario.data.format, READERS),
+    )
+    found = [extension(kind, name, own) for kind, name, own in chosen]
+    return tuple(each for each in found if each)
+
+
+def check_extensions(policy: "Policy", scenario: Scenario) -> None:
+    """Raise ``CampaignError`` unless this machine has exactly the packages a policy names for its scenario."""
+    _compare_packages([each for each in policy.extensions if not each.startswith(_FAMILY)], extensions(scenario))
+
+
+def check_family(policy: "Policy", base_extension: str | None) -> None:
+    """The same for the package of the base's model family, which is known once the base is loaded."""
+    named = [each for each in policy.extensions if each.startswith(_FAMILY)]
+    _compare_packages(named, (base_extension,) if base_extension else ())
+
+
+def _compare_packages(named: Sequence[str], found: Sequence[str]) -> None:
+    if list(named) != list(found):
+        wanted = json.dumps(", ".join(named))[1:-1]  # its maker's words may hold control characters
+        raise CampaignError(
+            f"the policy names {wanted or 'no extension'}; here is "
+            f"{', '.join(found) or 'none'}. Install what the policy names."
+        )
