@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from client.contribution import contribute
 from client.device import Device, find_device, forget_workbenches
 from client.log import describe_error, note
-from client.secure_round import advertise, mask, share, unmask
+from client.secure_round import advertise, expect, mask, share, unmask
 from client.train import train_shared
 from shared import wire
 from shared.adapter import Arrays, within_bound
@@ -74,7 +74,7 @@ def _train(message: Message, device: Device) -> RecordDict:
         policy = campaign.policy
         request = _check(message.content, policy)
         if device.masks(campaign):
-            device.kept(campaign, request.round_number)  # or nothing could hide what the round would cost
+            expect(request, campaign, device)  # or nothing could hide what the round would cost
         update = device.spend(campaign, request)
         if update is None:
             started = time.perf_counter()
@@ -90,9 +90,12 @@ def _train(message: Message, device: Device) -> RecordDict:
                     micro_batch=device.micro_batch(campaign),
                     randomness=randomness,
                 )
-            except BaseException:
+            except BaseException as error:
                 forget_workbenches()  # the head may hold half a batch's gradients: the next device gets a new one
-                raise
+                if policy.unit != "user" or not device.hides_failures or not isinstance(error, Exception):
+                    raise
+                note("zeroed", level=logging.ERROR, round=request.round_number, **describe_error(error))
+                update = {name: np.zeros_like(array) for name, array in request.arrays.items()}
             if policy.unit == "user" and policy.trust != "none":
                 update = {SUM: _for_sum(update, request, campaign, device, randomness)}
             bench.busy_s += time.perf_counter() - started

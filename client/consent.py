@@ -157,8 +157,10 @@ def agree(
     """
     with alone(home):
         offer = examine_offer(home, folder, operator=operator, until=until)
+        if shown not in (None, offer.policy):
+            raise CampaignError(f"{folder} must stay as it was shown, it was changed; look at what it asks again.")
         check_trust(offer, trust_server=trust_server)
-        campaign = _keep(home, folder, operator=operator, expected=shown or offer.policy)
+        campaign = _keep(home, folder, operator=operator, expected=offer.policy)
         with home.ledger() as ledger:
             ledger.consent(
                 policy=campaign.policy.sha256,

@@ -6,7 +6,7 @@ ledger that outlives crashes, reads encrypted records, and draws from the operat
 
 import hashlib
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -21,28 +21,26 @@ from safetensors.numpy import load, save
 
 from client.device_key import sign, trusted_operator
 from client.home import Home, open_home
+from client.inputs import only, read_inputs
 from client.ledger import Ledger
 from client.log import note
 from client.site import Workbench, accepted_campaign, open_site, open_workbench
 from client.sources import training_records
-from client.vault import Vault
 from shared.adapter import Arrays, within_bound
 from shared.campaign import Campaign, read_resumed
 from shared.config import Scenario
-from shared.datasets import Record
 from shared.enrolment import check_certificate, check_device_signature
 from shared.errors import CampaignError, LedgerError, RefusedError, SecureSumError
-from shared.features import Features, compute_hidden
+from shared.features import Features
 from shared.files import write_atomically
 from shared.flower import in_simulation
 from shared.noise import Randomness, SecureRandomness, SeededRandomness
 from shared.policy import Policy
 from shared.secure_sum import Credential
-from shared.tasks import TASKS, Encoded, Labels, Scores, Targets
+from shared.tasks import Targets
 from shared.wire import Request
 
 _STATE, _ROUND = "participation", "round"
-_MOST_SEALED_BYTES = 2**30  # of backbone outputs; more are computed anew in every round
 _SHARED = "shared.safetensors"  # the newest shared arrays a device was sent, with their round; released, so public
 
 
@@ -51,9 +49,11 @@ class Device(Protocol):
 
     Attributes:
         foreseeable: Whether an owner's noise was drawn from a seed, which only a test can arrange; the reply says so.
+        hides_failures: Whether, at unit user, training that fails contributes zero; a refusal would tell of records.
     """
 
     foreseeable: bool
+    hides_failures: bool
 
     def alone(self) -> AbstractContextManager[None]:
         """Hold off every other process of this device; ``RefusedError`` ``BUSY``."""
@@ -84,7 +84,7 @@ class Device(Protocol):
     def masks(self, campaign: Campaign) -> bool:
         """Whether contributions to this campaign leave under the masks of a secure sum."""
 
-    def ready(self, campaign: Campaign) -> None:
+    def ready(self, campaign: Campaign, round_number: int) -> None:
         """Raise ``RefusedError`` where a round could not be spent now, before others count on this device."""
 
     def signer(self, campaign: Campaign, seat: int) -> Callable[[bytes], bytes]:
@@ -120,6 +120,7 @@ class SimulatedDevice:
     """One of many devices in a process; it lives as long as the simulation, whose report is stamped as seeded."""
 
     foreseeable = False
+    hides_failures = False  # a simulation with faults must not look finished
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -171,7 +172,7 @@ class SimulatedDevice:
         """As the scenario says: masks change no bit of a sum, so a simulation may leave them out."""
         return campaign.policy.secure_sum is not None and campaign.scenario.performance.secure_sum == "masked"
 
-    def ready(self, campaign: Campaign) -> None:
+    def ready(self, campaign: Campaign, round_number: int) -> None:
         """Nobody has paused or withdrawn."""
 
     def signer(self, campaign: Campaign, seat: int) -> Callable[[bytes], bytes]:
@@ -219,6 +220,8 @@ class OwnedDevice:
         randomness: For tests that compare with a simulation: where the draws of a campaign's round come from instead.
             Nothing but a caller in this process can give it, and every reply is stamped, which a server refuses.
     """
+
+    hides_failures = True
 
     def __init__(self, home: Home, *, randomness: Callable[[Campaign, int], Randomness] | None = None) -> None:
         self._home = home
@@ -281,7 +284,7 @@ class OwnedDevice:
         )
         features, targets = read_inputs(self._home, bench, records)
         prepared = [bench.head.prepare(features.select([row])) for row in range(len(features))]
-        return bench, Features([_only(record) for record in prepared]), targets
+        return bench, Features([only(record) for record in prepared]), targets
 
     def micro_batch(self, campaign: Campaign) -> int:
         """Every record alone, from its tokens to its gradient.
@@ -298,14 +301,19 @@ class OwnedDevice:
     def release(self, campaign: Campaign, request: Request, update: Arrays) -> None:
         """Note bytes and hash in the ledger before anything is sent."""
         payload = save(update)
-        self._ledger.release(policy=campaign.policy.sha256, round_number=request.round_number, payload=payload)
+        self._ledger.release(
+            policy=campaign.policy.sha256,
+            round_number=request.round_number,
+            payload=payload,
+            keep=campaign.policy.trust != "central",  # not noised: never on a disk, never in two sums
+        )
         _note("released", campaign, request)
 
     def masks(self, campaign: Campaign) -> bool:
         """Always, where the policy has a secure sum: nothing a server or a setting says makes it otherwise."""
         return campaign.policy.secure_sum is not None
 
-    def ready(self, campaign: Campaign) -> None:
+    def ready(self, campaign: Campaign, round_number: int) -> None:
         """Ask the ledger, which is not changed."""
         policy = campaign.policy.sha256
         standing = next((each for each in self._ledger.consents() if each.consent.policy == policy), None)
@@ -313,6 +321,8 @@ class OwnedDevice:
             raise RefusedError("CONSENT")
         if self._ledger.totals().paused:
             raise RefusedError("PAUSED")
+        if not round_number > standing.last_round:
+            raise RefusedError("ROUND")
         if standing.state == "exhausted":
             raise RefusedError("BUDGET")
 
@@ -396,84 +406,3 @@ def forget_workbenches() -> None:
     """Load base and heads anew for the next request."""
     open_site.cache_clear()
     _workbench.cache_clear()
-
-
-def read_inputs(home: Home, bench: Workbench, records: Sequence[Record]) -> tuple[Features, Targets]:
-    """Backbone outputs and targets of an owner's records, but for those the base cannot take.
-
-    Such a record counts as zero, as one with a NaN does: an error would tell that it is there. The outputs are as
-    telling as the text: they are kept in the vault, with hashes of what they were computed from.
-    """
-    if not records:
-        if (home.folder / "vault").exists():
-            home.vault().delete(_sealed_name(bench))
-        return Features([]), Scores([])
-    encoded = [_encode(bench, record) for record in records]
-    features = _sealed_features(home.vault(), bench, [one.token_ids[0] for one in encoded])
-    rows = np.flatnonzero(features.lengths).tolist()
-    targets: Targets = Scores([records[row].target for row in rows])
-    if encoded[0].labels is not None:
-        targets = Labels([labels[0] for row in rows if (labels := encoded[row].labels) is not None])
-    return features.select(rows), targets
-
-
-def _encode(bench: Workbench, record: Record) -> Encoded:
-    """Tokens of one record, none where there is no way to have them."""
-    scenario = bench.campaign.scenario
-    try:
-        return TASKS[scenario.task.name](bench.base, [record.key], scenario)
-    except MemoryError:  # says nothing of the record, and must not be kept as if it did
-        raise
-    except Exception:  # a tokenizer raises it bare
-        none = np.zeros(0, dtype=np.int64)
-        return Encoded([[]], [none] if scenario.task.name == "generation" else None)
-
-
-def _hidden(bench: Workbench, token_ids: list[int], blocks: int) -> np.ndarray:
-    """Backbone outputs (T, d) of one text, computed alone; (0, d) where the base cannot take it."""
-    try:
-        return _only(compute_hidden(bench.base, [token_ids], head_blocks=blocks))
-    except MemoryError:
-        raise
-    except Exception:  # no tokens, more than there are positions, or an id that is not embedded: each its own type
-        return np.zeros((0, bench.base.hidden_size), dtype=np.float32)
-
-
-def _only(features: Features) -> np.ndarray:
-    """The array of the one text."""
-    hidden, _ = features.batch([0])
-    array: np.ndarray = hidden[0].numpy()
-    return array
-
-
-def _sealed_name(bench: Workbench) -> str:
-    return f"features/{bench.base.sha256[:16]}-{len(bench.head.blocks)}"
-
-
-def _sealed_features(vault: Vault, bench: Workbench, token_ids: list[list[int]]) -> Features:
-    """Backbone outputs from the vault, or computed and sealed there; of a cut only the newest set is kept.
-
-    A text is found by the hash of its tokens: where records come and go only what is new is computed.
-    """
-    blocks, name = len(bench.head.blocks), _sealed_name(bench)
-    keys = [hashlib.sha256(",".join(map(str, ids)).encode()).digest() for ids in token_ids]
-    texts = dict(zip(keys, token_ids, strict=True))
-    kept = _unpack_features(vault.open(name)) if vault.names(name) else {}
-    arrays = {key: kept[key] if key in kept else _hidden(bench, ids, blocks) for key, ids in texts.items()}
-    if arrays.keys() != kept.keys() and sum(array.nbytes for array in arrays.values()) <= _MOST_SEALED_BYTES:
-        vault.seal(name, _pack_features(arrays))
-    return Features([arrays[key] for key in keys])
-
-
-def _pack_features(arrays: Mapping[bytes, np.ndarray]) -> bytes:
-    keys = np.frombuffer(b"".join(arrays), dtype=np.uint8)  # inside: a name would confirm a guess
-    lengths = np.array([len(array) for array in arrays.values()], dtype=np.int64)
-    return save({"keys": keys, "values": np.concatenate(list(arrays.values())), "lengths": lengths})
-
-
-def _unpack_features(content: bytes) -> dict[bytes, np.ndarray]:
-    found = load(content)
-    if "keys" not in found:  # sealed by an earlier version, under one hash of all of them
-        return {}
-    keys = [key.tobytes() for key in found["keys"].reshape(-1, hashlib.sha256().digest_size)]
-    return dict(zip(keys, np.split(found["values"], np.cumsum(found["lengths"])[:-1]), strict=True))

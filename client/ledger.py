@@ -161,8 +161,15 @@ class Ledger:
             raise RefusedError(refusal)
         return payload
 
-    def release(self, *, policy: str, round_number: int, payload: bytes) -> None:
+    def release(self, *, policy: str, round_number: int, payload: bytes, keep: bool = True) -> None:
         """Record what is about to be sent, with the bytes themselves, in one commit.
+
+        Args:
+            policy: Hash of the policy.
+            round_number: The round that was spent.
+            payload: What is sent.
+            keep: Whether bytes and hash are kept, to be sent again. Of what is not noised only the size is: a hash
+                would confirm a guess.
 
         Raises:
             RefusedError: ``CONSENT`` or ``PAUSED``: the owner has said so meanwhile; ``BURNT``: the round was closed
@@ -175,9 +182,11 @@ class Ledger:
                 raise RefusedError("BURNT")
             if round_number not in account.pending:
                 raise LedgerError(f"only a round that was spent and not yet released can be, got round {round_number}.")
-            detail = {"sha256": hashlib.sha256(payload).hexdigest(), "size_bytes": len(payload)}
+            kept = payload if keep else b""
+            detail = {"sha256": hashlib.sha256(kept).hexdigest(), "size_bytes": len(payload)}
             self._log.append("release", policy=policy, round_number=round_number, detail=detail)
-            self._log.connection.execute("INSERT INTO outbox VALUES (?, ?, ?)", (policy, round_number, payload))
+            if keep:
+                self._log.connection.execute("INSERT INTO outbox VALUES (?, ?, ?)", (policy, round_number, payload))
             self._log.connection.execute(
                 "DELETE FROM outbox WHERE policy = ?1 AND round < (SELECT max(round) FROM outbox WHERE policy = ?1)",
                 (policy,),

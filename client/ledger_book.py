@@ -53,6 +53,7 @@ class Standing:
         pending: Rounds spent that are being trained.
         lost: Rounds the server has answers of and this ledger, once rolled back, no longer knew.
         state: What it is worth now.
+        last_round: The latest that was spent; 0 before the first.
     """
 
     consent: Consent
@@ -62,6 +63,7 @@ class Standing:
     pending: int
     lost: int
     state: State
+    last_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Account:
             pending=len(self.pending),
             lost=self.lost,
             state=self.state(now),
+            last_round=max(self.spends, default=0),
         )
 
 

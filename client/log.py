@@ -14,6 +14,7 @@ EVENTS: Mapping[str, frozenset[str]] = {
     "released": frozenset({"policy", "round"}),
     "repeated": frozenset({"policy", "round"}),
     "refused": frozenset({"code", "error", "place"}),
+    "zeroed": frozenset({"round", "error", "place"}),  # training failed, and zero was contributed
     "service": frozenset({"state"}),
     "undelivered": frozenset({"error", "place"}),
 }

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 from client.artifact import MANIFEST
-from client.device import newest_shared, read_inputs
+from client.device import newest_shared
 from client.home import Home
+from client.inputs import read_inputs
 from client.ledger import Standing
 from client.owner import checked_ledger, find_consent
 from client.personalize import PrivateOutput, fit_lora, fit_output

@@ -27,7 +27,7 @@ def advertise(body: bytes, round_number: int, campaign: Campaign, device: Device
         raise RefusedError("SCHEMA")
     if policy.secure_sum is None or not 1 <= round_number <= policy.rounds:
         raise RefusedError("ROUND")
-    device.ready(campaign)
+    device.ready(campaign, round_number)
     seat = int(body)
     participant = Participant.begin(
         Setting(policy_sha256=policy.sha256, round_number=round_number, coordinates=policy.size),
@@ -42,9 +42,19 @@ def advertise(body: bytes, round_number: int, campaign: Campaign, device: Device
 def share(body: bytes, round_number: int, campaign: Campaign, device: Device) -> bytes:
     """Check who takes part, and seal a share of this device's secrets for each of its neighbours."""
     participant = Participant.from_bytes(device.kept(campaign, round_number))
-    parcels = participant.share(Roster.from_bytes(body), verify=device.verifier(campaign))
+    roster = Roster.from_bytes(body)
+    if len(roster.seats) > campaign.policy.cohort_size:  # seats that nobody shows a certificate of
+        raise RefusedError("ROSTER")
+    parcels = participant.share(roster, verify=device.verifier(campaign))
     device.keep(campaign, round_number, participant.to_bytes())
     return parcels.to_bytes()
+
+
+def expect(request: Request, campaign: Campaign, device: Device) -> None:
+    """Refuse a request to train that could not be masked, before the round is spent on it."""
+    participant = Participant.from_bytes(device.kept(campaign, request.round_number))
+    if not participant.masked:
+        participant.opened(Parcels.from_bytes(request.body))
 
 
 def mask(vector: np.ndarray, request: Request, campaign: Campaign, device: Device) -> np.ndarray:

@@ -154,19 +154,10 @@ class Participant:
             raise ValueError(f"a vector must be int64 of shape ({count},), got another.")
         if not (vector.min() >= -_HALF_RING and vector.max() < _HALF_RING):
             raise ValueError("a vector must be within -2^31 .. 2^31 - 1, it is not; use a coarser grid.")
-        neighbours = self._neighbours()
-        if not {seat for seat, _ in parcels.items} <= neighbours.keys():
-            raise SecureSumError("parcels must be of neighbours, one is a stranger's.", code="PARCELS")
-        if len(parcels.items) < self._terms.threshold:
-            raise SecureSumError(
-                f"at least {self._terms.threshold} neighbours must have sent parcels, got {len(parcels.items)}; "
-                "the round is void.",
-                code="TOO_FEW",
-            )
+        held = self.opened(parcels)
         context = self._setting.context(self._roster.seats)
-        cipher_key, mask_key, seed = _parts(self._secrets)
-        private = load_key(cipher_key)
-        held = {seat: self._open(parcel, private, neighbours[seat], context) for seat, parcel in parcels.items}
+        _, mask_key, seed = _parts(self._secrets)
+        neighbours = self._neighbours()
         masked = vector.astype(np.uint32)  # wraps: two's complement
         masked += own_mask(seed, seat=self.advert.seat, context=context, count=count)
         private = load_key(mask_key)
@@ -178,6 +169,22 @@ class Participant:
                 masked -= pair
         self._secrets, self._held, self._stage = b"", held, Stage.MASKED
         return masked
+
+    def opened(self, parcels: Parcels) -> dict[int, bytes]:
+        """The shares in the neighbours' parcels, by seat; SecureSumError as of ``mask``. The state stays as it is."""
+        self._expect(Stage.SHARED)
+        neighbours = self._neighbours()
+        if not {seat for seat, _ in parcels.items} <= neighbours.keys():
+            raise SecureSumError("parcels must be of neighbours, one is a stranger's.", code="PARCELS")
+        if len(parcels.items) < self._terms.threshold:
+            raise SecureSumError(
+                f"at least {self._terms.threshold} neighbours must have sent parcels, got {len(parcels.items)}; "
+                "the round is void.",
+                code="TOO_FEW",
+            )
+        context = self._setting.context(self._roster.seats)
+        private = load_key(_parts(self._secrets)[0])
+        return {seat: self._open(parcel, private, neighbours[seat], context) for seat, parcel in parcels.items}
 
     def unmask(self, survivors: Survivors) -> Shares:
         """Hand out a share of each neighbour: of its own mask if its vector arrived, of its pair masks if not.
@@ -238,6 +245,11 @@ class Participant:
         participant = cls(setting, terms, advert, secrets, entropy)
         participant._stage, participant._roster, participant._held = stage, roster, dict(held.items)
         return participant
+
+    @property
+    def masked(self) -> bool:
+        """Whether the vector of this round has left."""
+        return self._stage >= Stage.MASKED
 
     def _neighbours(self) -> dict[int, Advert]:
         return {advert.seat: advert for advert, _ in self._roster.members}

@@ -51,9 +51,10 @@ def run_rounds(
             end it with an error.
         before_round: Called with the number of a round before it is asked for, such as to wait for devices.
         attempts: How often a round with too few good replies is asked for. Devices that have answered it answer with
-            the same bytes, so asking again costs nobody anything. Under trust ``distributed`` such a round is void
-            instead, for the same contributions in two sums would show who was in one and not in the other: the shared
-            arrays stay, the next number is asked for, and so many void rounds running end the campaign.
+            the same bytes, so asking again costs nobody anything. Under trust ``distributed`` and ``central`` such a
+            round is void instead, for the same contributions in two sums would show who was in one and not in the
+            other, or be noised twice: the shared arrays stay, the next number is asked for, and the third void round
+            running ends the campaign.
         credentials: Seat -> what the operator certified, for a secure sum under masks. None leaves the masks out, which
             only simulated devices agree to: the sum is the same.
         noise: For simulations, see ``EqualWeights``.

@@ -101,7 +101,9 @@ def descent(rounds: Mapping[int, Round], arrays_of: int) -> list[Round]:
 
 
 def note_begun(campaign_folder: Path, round_number: int) -> None:
-    """Note, durably, that devices may be asked in a round from now on."""
+    """Note, durably, that devices may be asked in a round from now on; what was noted of a later one stands."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        round_number = max(round_number, int(json.loads((campaign_folder / _BEGUN).read_bytes())["round"]))
     write_atomically(campaign_folder / _BEGUN, (json.dumps({"round": round_number}) + "\n").encode())
 
 

@@ -192,7 +192,9 @@ class EqualWeights(Strategy):
                 f"{len(updates)} (rejected: {dict(self.rejected) or 'none'})."
             )
         if len(updates) < federation.min_reply_share * policy.cohort_size:
-            raise TooFewRepliesError(
+            # A device gives what is not noised once: asking for the round again would bring its refusals.
+            too_few = VoidRoundError if policy.trust == "central" else TooFewRepliesError
+            raise too_few(
                 f"round {server_round} needs {federation.min_reply_share:.0%} of {policy.cohort_size} replies, got "
                 f"{len(updates)} (rejected: {dict(self.rejected) or 'none'}); the last checkpoint is kept."
             )

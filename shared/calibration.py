@@ -9,7 +9,17 @@ from shared.compatible import check_compatible, choices, extensions
 from shared.config import PrivacyConfig, Scenario
 from shared.errors import PrivacyError
 from shared.noise import GRID_SIGMA
-from shared.policy import PROTOCOL, RELATIONS, REPLY_FIELDS, Policy, SecureSum, grid_of, hash_arrays, hash_settings
+from shared.policy import (
+    PROTOCOL,
+    RELATIONS,
+    REPLY_FIELDS,
+    Policy,
+    SecureSum,
+    fits_ring,
+    grid_of,
+    hash_arrays,
+    hash_settings,
+)
 from shared.promise import check_grid
 from shared.secure_graph import make_terms
 
@@ -18,8 +28,6 @@ from shared.secure_graph import make_terms
 _RECORDS_BOUND = 2_000
 _UNCLIPPED_GRADIENT = 100.0  # a generous bound on one record's gradient under trust ``none``
 _NOISE_TAIL = 6.0  # standard deviations the noise's norm may lie above sqrt(parameters)
-_RING = 2**31  # a sum of 32 bits with a sign
-_RING_TAIL = 12.0  # standard deviations of the sum's noise that must fit in it
 _MOST_SHARE_BITS, _LEAST_SHARE_BITS = 16, 3  # of a device's noise: finer is of no use, coarser costs privacy
 
 
@@ -138,7 +146,7 @@ def _update_bound(scenario: Scenario, *, size: int, noise_multiplier: float) -> 
 def share_noise(privacy: PrivacyConfig, *, cohort_size: int, size: int) -> tuple[float, SecureSum]:
     """Noise multiplier and terms of a secure sum: who survives, who hides whom, how fine a device's noise is."""
     min_survivors = math.ceil(privacy.survivors * cohort_size)
-    colluders = math.floor(privacy.colluders * cohort_size)
+    colluders = math.floor(privacy.colluders * cohort_size + 1e-9)  # .29 x 100 is 28.999...
     if not (cohort_size >= 3 and colluders < min_survivors):
         raise PrivacyError(
             f"privacy.trust = 'distributed' needs at least 3 devices a round and more survivors than colluders, got "
@@ -170,8 +178,7 @@ def share_noise(privacy: PrivacyConfig, *, cohort_size: int, size: int) -> tuple
             shares=terms.honest,
             share_sigma=2.0**bits,
         )
-        per_device = math.sqrt(terms.honest) * 2.0**bits / noise_multiplier  # the clip norm in steps of the grid
-        if cohort_size * per_device + _RING_TAIL * math.sqrt(cohort_size) * 2.0**bits < _RING:
+        if fits_ring(terms, cohort_size=cohort_size, noise_multiplier=noise_multiplier):
             return noise_multiplier, terms
     raise PrivacyError(
         f"a sum of {cohort_size} contributions must fit 32 bits at privacy.epsilon = {privacy.epsilon:g}; lower it, or "

@@ -187,6 +187,15 @@ def grid_of(policy: Policy) -> float | None:
     return stddev / steps
 
 
+def fits_ring(terms: SecureSum, *, cohort_size: int, noise_multiplier: float) -> bool:
+    """Whether a sum of the longest contributions, and twelve deviations of its noise, fit 32 bits with a sign.
+
+    A single contribution that does not fit would be refused, which tells of it.
+    """
+    longest = math.sqrt(terms.honest) * 2.0**terms.share_log2_sigma / noise_multiplier  # C in steps of the grid
+    return cohort_size * longest + 12 * math.sqrt(cohort_size) * 2.0**terms.share_log2_sigma < 2**31
+
+
 def hash_arrays(arrays: Arrays) -> str:
     """Hash over names, dtypes, shapes and bytes, in the arrays' order."""
     digest = hashlib.sha256()

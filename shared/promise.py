@@ -5,7 +5,7 @@ import re
 
 from shared.accounting import epsilon
 from shared.errors import PrivacyError
-from shared.policy import RELATIONS, REPLY_FIELDS, Policy, grid_of
+from shared.policy import RELATIONS, REPLY_FIELDS, Policy, fits_ring, grid_of
 from shared.secure_graph import make_terms
 
 _COARSEST = 0.02  # half of it, in units of the clip norm, is what rounding to the grid may take from a contribution
@@ -103,6 +103,15 @@ def _check_secure_sum(policy: Policy) -> None:
         raise PrivacyError(
             f"a secure sum's terms must be a threshold of {wanted.threshold} of {wanted.neighbours} neighbours, got "
             f"{terms.threshold} of {terms.neighbours}; do not take part."
+        )
+
+    if not policy.noise_multiplier > 0 or not fits_ring(
+        terms, cohort_size=policy.cohort_size, noise_multiplier=policy.noise_multiplier
+    ):
+        raise PrivacyError(
+            f"a sum of {policy.cohort_size} contributions must fit 32 bits, it does not with shares of "
+            f"2^{terms.share_log2_sigma} steps: whether a device could "
+            "answer would tell of its records; do not take part."
         )
 
 

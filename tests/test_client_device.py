@@ -281,7 +281,7 @@ def test_memory_that_runs_out_is_not_kept_as_a_record_that_cannot_be_taken(homes
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("client.device.compute_hidden", full)
+        patch.setattr("client.inputs.compute_hidden", full)
         assert homes.ask(home, published.campaign)[0] == "INTERNAL"
     assert home.vault().names("features/") == []
     assert homes.ask(home, published.campaign, round_number=2)[0] is None
@@ -323,7 +323,7 @@ def test_a_federation_of_owners_runs_as_a_simulation_does(homes, published, tmp_
 def test_features_are_kept_only_encrypted_and_used_again(homes, home, published, monkeypatch):
     homes.ask(home, published.campaign)
     assert home.vault().names("features/")
-    monkeypatch.setattr("client.device.compute_hidden", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr("client.inputs.compute_hidden", lambda *_, **__: pytest.fail("computed again"))
     assert homes.ask(home, published.campaign, round_number=2)[0] is None
 
 

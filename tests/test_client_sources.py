@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 from safetensors.numpy import load, save
 
 import client.device
+import client.inputs
 import client.sources
 from client.app import answer
 from client.consent import examine_offer
@@ -279,9 +280,9 @@ class TestFeatures:
     def test_only_what_is_new_is_computed_and_what_is_gone_is_dropped(self, rules, world, monkeypatch):
         device, fresh = world(rules["next-round"], "device"), world(rules["next-round"], "fresh")
         computed = []
-        real = client.device.compute_hidden
+        real = client.inputs.compute_hidden
         monkeypatch.setattr(
-            client.device, "compute_hidden", lambda b, ids, **k: computed.append(ids) or real(b, ids, **k)
+            client.inputs, "compute_hidden", lambda b, ids, **k: computed.append(ids) or real(b, ids, **k)
         )
         twice = device.sums(1, *FIRST, (FIRST[0][0], 5))  # two records of one text
         assert (len(computed), len(self.kept(device.home)["lengths"])) == (3, 3)
@@ -304,7 +305,7 @@ class TestFeatures:
         assert device.sums(2, *FIRST) == first == fresh.sums(1, *FIRST)
 
     def test_more_than_fits_is_computed_in_every_round(self, rules, world, monkeypatch):
-        monkeypatch.setattr(client.device, "_MOST_SEALED_BYTES", 100)
+        monkeypatch.setattr(client.inputs, "_MOST_SEALED_BYTES", 100)
         device = world(rules["next-round"], "device")
         assert device.sums(1, *FIRST) == device.sums(2, *FIRST)
         assert device.home.vault().names("features/") == []

@@ -24,9 +24,10 @@ from shared.config import load_scenario
 from shared.enrolment import certify_device
 from shared.errors import PrivacyError
 from shared.noise import SecureRandomness
-from shared.policy import SUM, grid_of
+from shared.policy import SUM, SecureSum, grid_of
 from shared.promise import check_price
-from shared.secure_sum import Credential
+from shared.secure_graph import make_terms
+from shared.secure_sum import Credential, Parcels, Roster
 from shared.signing import load_private
 from simulations.run import simulate
 
@@ -410,7 +411,7 @@ def test_a_round_once_spent_is_never_answered_with_another_vector(homes, distrib
     for folder in (tmp_path / "campaign" / "checkpoints").iterdir():
         shutil.rmtree(folder)  # the server forgets and asks round 1 anew, as after a kill
     done, _ = serve(homes, distributed, devices, tmp_path, wire_=between, rounds=2)
-    assert done[0].latest.rejected == {"CONFLICT": 5, "VOID": 1}
+    assert done[0].latest.rejected == {"ROUND": 5, "VOID": 1}
     assert done[1].latest.replies == 5
 
 
@@ -444,3 +445,93 @@ def test_an_owned_device_never_answers_without_masks(homes, distributed, devices
     with home.ledger() as ledger:
         [standing] = ledger.consents()
         assert standing.spent == 0
+
+
+def test_what_is_not_noised_is_given_once_and_never_written_down(homes, central, tmp_path, monkeypatch):
+    whole = []
+    real = client.app.contribute
+    monkeypatch.setattr("client.app.contribute", lambda *a, **k: whole.append(real(*a, **k)) or whole[-1].copy())
+    home = homes.make_home(tmp_path / "home", central)
+    assert homes.ask(home, central.campaign)[0] is None
+    [given] = whole
+    assert given.any()
+    kept = b"".join(path.read_bytes() for path in home.folder.rglob("*") if path.is_file())
+    first = int(np.flatnonzero(given)[0])
+    assert given[first : first + 4].astype(np.int32).tobytes() not in kept
+    assert homes.ask(home, central.campaign)[0] == "ROUND"
+    assert len(whole) == 1
+
+
+def test_a_central_round_with_too_few_replies_is_void(homes, central, tmp_path):
+    folders = [homes.make_home(tmp_path / f"home-{seat}", central, user=seat).folder for seat in range(2)]
+    grid = homes.grid_of(folders)
+    campaign = replace(central.campaign, folder=tmp_path / "campaign")
+    shutil.copytree(central.campaign.folder, campaign.folder)
+    last = run_rounds(grid, campaign, roster=dict(grid.seats), before_round=lambda _: None)
+    assert last.total.rejected == {"VOID": 2}
+    assert all(np.array_equal(array, campaign.start[name]) for name, array in last.arrays.items())
+
+
+@pytest.mark.parametrize("trust", ["central", "distributed"])
+def test_training_that_fails_contributes_zero_and_shows_nothing(
+    homes, central, distributed, devices, tmp_path, trust, monkeypatch, caplog
+):
+    def fail(*_, **__):
+        raise MemoryError("so many records")
+
+    monkeypatch.setattr("client.app.train_shared", fail)
+    if trust == "central":
+        home = homes.make_home(tmp_path / "home", central)
+        code, reply = homes.ask(home, central.campaign)
+        assert code is None
+        assert not reply.content["arrays"][SUM].numpy().any()
+    else:
+        [last], _ = serve(homes, distributed, devices, tmp_path)
+        assert last.latest.replies == 5
+    assert '"event": "zeroed"' in caplog.text
+    assert "so many records" not in caplog.text
+
+
+def test_a_roster_larger_than_the_cohort_is_refused(homes, distributed, devices, tmp_path, monkeypatch):
+    real = wire.pack_stage
+
+    def more(body, **of_round):
+        if body.startswith(b"SSR1"):
+            roster = Roster.from_bytes(body)
+            body = replace(roster, seats=(*roster.seats, 7, 8)).to_bytes()
+        return real(body, **of_round)
+
+    monkeypatch.setattr("server.secure_strategy.wire.pack_stage", more)
+    [last], _ = serve(homes, distributed, devices, tmp_path)
+    assert last.latest.rejected == {"ROSTER": 5, "VOID": 1}
+
+
+def test_parcels_that_cannot_be_opened_cost_nothing(homes, distributed, devices, tmp_path):
+    between = Wire()
+
+    def swap(kind, seat, reply):
+        if kind == wire.SECURE_SHARES and seat == 1:
+            body = Parcels.from_bytes(reply.content["config"]["body"])
+            reply.content["config"]["body"] = replace(
+                body, items=tuple((s, bytes(160)) for s, _ in body.items)
+            ).to_bytes()
+        return reply
+
+    between.change = swap
+    [last], _ = serve(homes, distributed, devices, tmp_path, wire_=between)
+    assert last.latest.rejected == {"PARCELS": 4, "VOID": 1}
+    for seat in (0, 2, 3, 4):
+        with open_home(devices[0][seat]).ledger() as ledger:
+            [standing] = ledger.consents()
+            assert standing.spent == 0
+
+
+def test_a_signed_policy_whose_sums_overflow_is_refused(distributed):
+    terms = make_terms(100, min_survivors=80, colluders=0)
+    sums = SecureSum(
+        neighbours=terms.neighbours, threshold=terms.threshold, min_survivors=80, colluders=0, share_log2_sigma=24
+    )
+    changes = {"secure_sum": sums, "cohort_size": 100, "noise_multiplier": 0.6}
+    policy = distributed.campaign.policy.model_copy(update=changes)
+    with pytest.raises(PrivacyError, match="fit 32 bits"):
+        check_price(policy.model_copy(update={"grid": grid_of(policy)}))

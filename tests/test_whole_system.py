@@ -75,6 +75,7 @@ def data(tmp_path_factory):
 
 def few_users(folder, count):
     """MovieLens with the users who rated least but twenty films; the whole public catalogue."""
+    folder.mkdir(exist_ok=True)
     published = Path(resolve("asset:ml-100k", quiet=True))
     header, *rows = (published / "ml-100k.inter").read_text(encoding="utf-8").splitlines()
     counts = Counter(row.split("\t")[0] for row in rows)
@@ -241,7 +242,7 @@ def test_five_devices_sum_in_secret_and_go_on_without_the_one_whose_owner_pauses
         paused = False
         while processes["server"].poll() is None:
             if not paused and read_rounds(fleet.campaign):
-                sottovoce("client", "pause", "--yes", "--home", str(fleet.home(2)))
+                sottovoce("client", "pause", "--home", str(fleet.home(2)))
                 paused = True
             time.sleep(0.2)
         wait_for_end(fleet, processes, timeout_s=1)
