@@ -42,7 +42,7 @@ def contribute(change: Arrays, *, policy: Policy, randomness: Randomness) -> np.
     vector = np.concatenate([array.astype(np.float64).ravel() for array in change.values()])
     [clipped] = clipped_sum([torch.from_numpy(vector)[None]], clip_norm=clip_norm, grid=grid)
     whole: np.ndarray = clipped.numpy()
-    norm = math.sqrt(sum(value * value for value in whole.tolist())) * grid  # of integers of any size
+    norm = math.hypot(*whole.tolist()) * grid  # in floating point, but without overflow
     if not norm <= clip_norm:
         raise PrivacyError(f"a contribution must be at most {clip_norm} long, got {norm}.")
     if policy.secure_sum is not None:

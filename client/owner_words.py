@@ -83,6 +83,8 @@ def _trust_lines(offer: "Offer") -> list[str]:
 def offer_lines(offer: "Offer") -> list[str]:
     """What a campaign asks, in plain words."""
     most = offer.payload_bytes * offer.max_participations
+    summed = offer.trust == "distributed"
+    adds = "keys and shares of a secure sum add some thousand" if summed else "the message adds some hundred"
     return [
         f"campaign: {plain(offer.campaign)} ({plain(offer.task)}), policy {offer.policy[:12]}",
         f"signed by key: {offer.operator}",
@@ -93,8 +95,8 @@ def offer_lines(offer: "Offer") -> list[str]:
         f"your records: {_ADDED.get(offer.added_records, plain(offer.added_records))}; one that is gone is used in no "
         "later round",
         f"leaves the device: {'; '.join(_field_words(offer))}; no text, no count, no score",
-        f"how much: {offer.numbers:,} numbers, {offer.payload_bytes:,} bytes a round (as history counts them; the "
-        f"message adds some hundred), at most {most:,} in all",
+        f"how much: {offer.numbers:,} numbers, {offer.payload_bytes:,} bytes a round (as history counts them; {adds}), "
+        f"at most {most:,} in all",
         *(f"needs an installed package: {plain(extension)}" for extension in offer.extensions),
         f"until: {offer.until} (UTC)",
         f"left of your caps afterwards: epsilon {offer.left_epsilon:g}, delta {offer.left_delta:g}",

@@ -145,7 +145,7 @@ def _update_bound(scenario: Scenario, *, size: int, noise_multiplier: float) -> 
 
 def share_noise(privacy: PrivacyConfig, *, cohort_size: int, size: int) -> tuple[float, SecureSum]:
     """Noise multiplier and terms of a secure sum: who survives, who hides whom, how fine a device's noise is."""
-    min_survivors = math.ceil(privacy.survivors * cohort_size)
+    min_survivors = math.ceil(privacy.survivors * cohort_size - 1e-9)  # .55 x 100 is 55.00...1
     colluders = math.floor(privacy.colluders * cohort_size + 1e-9)  # .29 x 100 is 28.999...
     if not (cohort_size >= 3 and colluders < min_survivors):
         raise PrivacyError(

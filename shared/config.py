@@ -19,6 +19,7 @@ from shared.registry import check_name
 # The outer bounds keep every product of settings within float32; no sensible value comes near them.
 FiniteFloat = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Priced = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]  # as devices accept it
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 NaturalCount = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -138,7 +139,7 @@ class TrainingConfig(Settings):
     """The local step on a device."""
 
     steps: Annotated[int, Field(ge=1, le=10_000)] = 1  # per round, exactly this many; at unit record each is noisy
-    learning_rate: Positive = 1.0  # with one step a round the server's rate is the one that matters
+    learning_rate: Priced = 1.0  # with one step a round the server's rate is the one that matters
     record_exponent: Annotated[float, Field(ge=0, le=1)] = 0.5  # unit user: a sum over n records is divided by n^this
 
 
@@ -149,9 +150,9 @@ class PrivacyConfig(Settings):
     unit: Literal["record", "user"] = "record"
     epsilon: Positive = 8.0
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
-    clip_norm: Positive = 0.7  # of one record's gradient; at unit user, of a user's whole change
+    clip_norm: Priced = 0.7  # of one record's gradient; at unit user, of a user's whole change
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1 = full batch: no sampling assumption at all
-    denominator: Positive = 64.0  # public constant the summed gradient is divided by, never a batch size
+    denominator: Priced = 64.0  # public constant the summed gradient is divided by, never a batch size
     max_participations: Count = 20  # rounds one device may join in the whole campaign
     added_records: Literal["next-round", "next-campaign"] = "next-round"  # when a device uses one it gets meanwhile
     survivors: Annotated[float, Field(gt=0, le=1)] = 0.8  # distributed: a round with a smaller share of them is void

@@ -203,7 +203,7 @@ _SENT = {
     "distributed": "the masked change, with a share of the noise,",
     "none": "the change, WITHOUT noise,",
 }
-_SUM_MESSAGES = "and before and after it, small: one-time keys, and sealed shares of them for other devices"
+_SUM_MESSAGES = "and before and after it one-time keys, and sealed shares of them for other devices"
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ ROWS = {
     "pooled": "all data in one place, no privacy",
     "local": "the personal method alone, no federation",
     "dp-statistics-shared": "one private release of ratings per text, smoothed: shared part alone",
-    "dp-statistics": "the same and the private part: the rival to match",
+    "dp-statistics": "one private release of ratings per text, and the private part: the rival to match",
     "federated": "the shared part alone",
     "personal": "the shared part and a private part",
     "federated-linear": "linear head: the shared part alone",

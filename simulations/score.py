@@ -157,7 +157,7 @@ def _stamp_masks(plan: Plan) -> list[str]:
     """A deployment never leaves them out, and a simulation's sum is the same without."""
     if plan.policy.secure_sum is None or plan.scenario.performance.secure_sum == "masked":
         return []
-    return ["secure sum: masks left out"]
+    return ["secure sum: masks left out; bytes are without its messages"]
 
 
 def _price_together(results: Sequence[Result], released: Promise | None) -> list[str]:

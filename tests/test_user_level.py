@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from client.device import OwnedDevice
 from client.device_key import make_device_key
 from client.home import open_home
 from server.aggregate import mean_of_sum, noised_sum
-from server.app import run_rounds
+from server.app import run_rounds, start_checkpoint
 from server.checkpoint import load_checkpoint, newest_first
+from server.strategy import EqualWeights
 from shared import wire
 from shared.config import load_scenario
 from shared.enrolment import certify_device
-from shared.errors import PrivacyError
+from shared.errors import PrivacyError, TooFewRepliesError, VoidRoundError
 from shared.noise import SecureRandomness
 from shared.policy import SUM, SecureSum, grid_of
 from shared.promise import check_price
@@ -535,3 +537,97 @@ def test_a_signed_policy_whose_sums_overflow_is_refused(distributed):
     policy = distributed.campaign.policy.model_copy(update=changes)
     with pytest.raises(PrivacyError, match="fit 32 bits"):
         check_price(policy.model_copy(update={"grid": grid_of(policy)}))
+
+
+# Rounds that are void, and messages that come twice
+
+
+class Twice(Wire):
+    """Asks every device to unmask a second time, with whoever was last left out."""
+
+    codes = ()
+
+    def __call__(self, message, context):
+        reply = super().__call__(message, context)
+        if message.metadata.message_type == wire.SECURE_UNMASK:
+            again = self.answer(message, context)
+            self.codes = (*self.codes, again.content[wire.REFUSAL]["code"] if wire.REFUSAL in again.content else None)
+        return reply
+
+
+def test_a_device_opens_a_sum_once(homes, distributed, devices, tmp_path):
+    between = Twice()
+    [last], _ = serve(homes, distributed, devices, tmp_path, wire_=between)
+    assert last.latest.replies == 5
+    assert len(between.codes) == 5
+    assert None not in between.codes
+
+
+def lose_all(kind, seat, reply):
+    return _refused(reply) if kind == "train" and seat >= 2 else reply
+
+
+def test_a_void_round_is_never_asked_again_and_its_answers_do_not_count(homes, distributed, devices, tmp_path):
+    between = Wire()
+    between.change = lose_all
+    [last], _ = serve(homes, distributed, devices, tmp_path, wire_=between, attempts=3)
+    assert [kind for kind, _, _ in between.seen].count(wire.SECURE_KEYS) == 5
+    assert not last.answered
+
+
+@pytest.mark.parametrize(("good", "rounds"), [((), 3), ((2,), 5)])
+def test_three_void_rounds_running_end_a_campaign(distributed, tmp_path, monkeypatch, good, rounds):
+    policy = distributed.campaign.policy.model_copy(update={"rounds": 9})
+    campaign = replace(distributed.campaign, policy=policy, folder=tmp_path)
+
+    def run(grid, strategy, server_round):
+        if server_round not in good:
+            raise VoidRoundError("void")
+        strategy._finish(server_round, strategy.checkpoint.arrays, strategy.checkpoint.optimizer, ())
+
+    monkeypatch.setattr("server.app._run_round", run)
+    done = []
+    with pytest.raises(TooFewRepliesError, match="3 rounds running are void"):
+        run_rounds(
+            SimpleNamespace(bytes_up=0, bytes_down=0),
+            campaign,
+            roster=dict.fromkeys(range(5), 0),
+            on_round=lambda checkpoint: done.append(checkpoint.round_number),
+        )
+    assert done == list(range(1, rounds + 1))
+
+
+def test_a_paused_device_says_so_before_others_count_on_it(homes, distributed, devices, tmp_path):
+    with open_home(devices[0][3]).ledger() as ledger:
+        ledger.pause()
+    [last], between = serve(homes, distributed, devices, tmp_path)
+    assert last.latest.rejected == {"PAUSED": 1}
+    assert last.latest.replies == 4
+    assert [kind for kind, _, _ in between.seen].count(wire.SECURE_SHARES) == 4
+
+
+def test_the_servers_noise_is_drawn_anew_for_every_round(homes, central, tmp_path, monkeypatch):
+    folders = [homes.make_home(tmp_path / f"home-{seat}", central, user=seat).folder for seat in range(12)]
+    grid = homes.grid_of(folders)
+    campaign = replace(central.campaign, folder=tmp_path / "campaign")
+    shutil.copytree(central.campaign.folder, campaign.folder)
+    asked = []
+    run_rounds(grid, campaign, roster=dict(grid.seats), noise=lambda number: asked.append(number) or Quiet())
+    assert asked == [1, 2]
+
+
+def test_a_device_that_nobody_certified_takes_no_part(homes, distributed, devices, tmp_path):
+    del devices[1][1]
+    [last], _ = serve(homes, distributed, devices, tmp_path)
+    assert last.latest.rejected == {"ROSTER": 1}
+    assert last.latest.replies == 4
+
+
+def test_where_masks_are_left_out_too_few_contributions_are_void_too(distributed, tmp_path):
+    policy = distributed.campaign.policy
+    strategy = EqualWeights(
+        replace(distributed.campaign, folder=tmp_path), start_checkpoint(distributed.campaign), roster={}
+    )
+    few = {seat: {SUM: np.zeros(policy.size, dtype=np.uint32)} for seat in range(3)}
+    with pytest.raises(VoidRoundError, match="needs 4 contributions, got 3"):
+        strategy._mean(1, few)
