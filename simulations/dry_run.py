@@ -6,11 +6,13 @@ from typing import Any
 from client.site import resident_base, resident_dataset, use_threads
 from shared.assets import resolve
 from shared.config import Scenario
+from shared.datasets import Dataset
 from simulations.campaigns import Plan, exported_users, plan_campaigns
+from simulations.dp_statistics import applies, promise
 
 
 def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
-    """Settings, privacy to be spent and bytes per round of every campaign of a scenario.
+    """Settings, privacy to be spent and bytes per round of every campaign of a scenario, and releases beside them.
 
     Raises:
         SottovoceError: The scenario would not run.
@@ -26,7 +28,16 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
         "scenario": scenario.model_dump(mode="json"),
         "clients": len(dataset.users),
         "campaigns": {plan.name: _describe_plan(plan) for plan in plans},
+        "releases": _releases(scenario, dataset),
     }
+
+
+def _releases(scenario: Scenario, dataset: Dataset) -> dict[str, str]:
+    """What is released beside the campaigns, for a row of the report, and what it claims."""
+    if not applies(scenario, dataset) or scenario.privacy.trust == "none":
+        return {}
+    users = len(dataset.users)
+    return {"dp-statistics": promise(scenario.privacy, texts=len(dataset.public_texts), users=users).claim.sentence()}
 
 
 def _describe_plan(plan: Plan) -> dict[str, Any]:
@@ -64,4 +75,6 @@ def lines(plan: dict[str, Any]) -> list[str]:
             f"  noise multiplier {campaign['noise_multiplier']:.3f}",
             f"  bytes per round: {down:,} down, {up:,} up ({each['down']:,} and {each['up']:,} a client)",
         ]
+    for row, claim in plan["releases"].items():
+        out += [f"release for the row {row}, once, by the same users:", f"  to be spent: {claim}"]
     return out

@@ -418,6 +418,15 @@ def test_the_dry_run_names_cost_and_bytes_and_writes_nothing(tiny_world, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
+def test_the_dry_run_names_the_release_beside_the_campaigns(tiny_world, tmp_path):
+    scenario = load_scenario(tiny_world(tmp_path))
+    [(row, claim)] = describe(scenario, quiet=True)["releases"].items()
+    assert row == "dp-statistics"
+    assert claim.startswith("Record-level (epsilon")
+    without = scenario.model_copy(update={"statistics": scenario.statistics.model_copy(update={"enabled": False})})
+    assert describe(without, quiet=True)["releases"] == {}
+
+
 def test_the_dry_run_counts_the_bytes_a_run_really_sends(run):
     scenario, _, summary = run
     promised = describe(scenario, quiet=True)["campaigns"]["lora"]["bytes_per_client_round"]["up"]
