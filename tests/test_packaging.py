@@ -170,3 +170,26 @@ def test_every_module_says_what_it_is_for():
         for path in (ROOT / package).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert not text or text.startswith('"""'), path
+
+
+def test_the_readme_quotes_what_users_cost():
+    cells = json.loads((ROOT / "docs" / "measurements" / "bench-users.json").read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        for row in ("local", "personal-linear", "dp-statistics", "personal"):
+            score = cell["test"][row]
+            assert f"{score['mean']:.4f} ({score['sd']:.4f})" in README
+        assert f"{cell['margin']:+.4f}" in README
+        assert cell["certified"] <= cell["epsilon"]
+    for cell in json.loads((ROOT / "docs" / "measurements" / "bench-lora.json").read_text(encoding="utf-8"))["cells"]:
+        for head in ("linear", "kernel"):
+            both = (cell["test"][head]["mean"], cell["test"][f"{head}-lora"]["mean"])
+            assert f"{both[0]:.4f} / {both[1]:.4f}" in README
+
+
+def test_the_readme_quotes_what_a_secure_sum_costs():
+    sums = json.loads((ROOT / "docs" / "measurements" / "bench-secure-sum.json").read_text(encoding="utf-8"))["sums"]
+    for group in sums.values():
+        cells = [
+            f"{c['device_ms']['all']['median']:.0f} / {c['server_ms']['dropout']['median']:.1f}" for c in group.values()
+        ]
+        assert " | ".join(cells) in README
