@@ -172,6 +172,13 @@ def test_every_module_says_what_it_is_for():
             assert not text or text.startswith('"""'), path
 
 
+def test_the_readme_quotes_the_kernel_head_on_records():
+    rows = json.loads((ROOT / "docs" / "measurements" / "records-kernel.json").read_text(encoding="utf-8"))["rows"]
+    for row in ("personal", "dp-statistics"):
+        score = rows[row]["rmse"]
+        assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in README
+
+
 def test_the_readme_quotes_what_users_cost():
     cells = json.loads((ROOT / "docs" / "measurements" / "bench-users.json").read_text(encoding="utf-8"))["cells"]
     for cell in cells:
