@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -100,6 +101,14 @@ def browser() -> Iterator[Any]:
         launched.close()
 
 
+def wait_until(page: Any, condition: str, argument: Any = None) -> None:
+    """Wait for a condition in the page; playwright's own waiting evaluates strings there, which the page forbids."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(condition, argument):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module", params=PLOTS)
 def opened(browser: Any, pages: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Any]:
     """A page whose plots are drawn; ``page.kind``, what it complained of, and what it asked for."""
@@ -109,9 +118,7 @@ def opened(browser: Any, pages: dict[str, str], request: pytest.FixtureRequest) 
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     page.on("request", lambda asked: page.asked.append(asked.url))
     page.goto(pages[page.kind])
-    page.wait_for_function(
-        f"document.querySelectorAll('.js-plotly-plot .xaxislayer-above').length === {PLOTS[page.kind]}"
-    )
+    wait_until(page, f"document.querySelectorAll('.js-plotly-plot .xaxislayer-above').length === {PLOTS[page.kind]}")
     yield page
     page.close()
 
@@ -138,10 +145,11 @@ def test_is_readable_and_nothing_spills(page: Any, size: str, scheme: str) -> No
     page.set_viewport_size(SIZES[size])
     page.emulate_media(color_scheme=scheme)
     if scheme == "light":
-        page.wait_for_function(f"before => {INK} !== before", arg=before)  # the plots follow
-    page.wait_for_function(
+        wait_until(page, f"before => {INK} !== before", before)  # the plots follow
+    wait_until(
+        page,
         "[...document.querySelectorAll('figure')].every(figure => Math.abs(figure.clientWidth"
-        " - figure.querySelector('svg.main-svg').clientWidth) < 2)"
+        " - figure.querySelector('svg.main-svg').clientWidth) < 2)",
     )
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"{page.kind}-{size}-{scheme}.png", full_page=True)
@@ -185,7 +193,7 @@ def test_tables_scroll_and_parts_open_by_keyboard(page: Any) -> None:
     )
     page.locator(".scroll").nth(wide).focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("at => document.querySelectorAll('.scroll')[at].scrollLeft > 0", arg=wide, timeout=5000)
+    wait_until(page, "at => document.querySelectorAll('.scroll')[at].scrollLeft > 0", wide)
     for part in page.locator("summary").all():
         part.focus()
         page.keyboard.press("Enter")

@@ -74,6 +74,7 @@ class Watch:
         monkeypatch.setattr(root, "handlers", [*root.handlers, handler])
         for name in ("sottovoce", "flwr", "opacus"):
             monkeypatch.setattr(logging.getLogger(name), "level", logging.DEBUG)
+        root.setLevel(logging.DEBUG)  # loggers remember which levels they let through until somebody says so
         over_the_wire = shared.flower._over_the_wire
 
         def listen(message):
