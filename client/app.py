@@ -101,7 +101,7 @@ def _train(message: Message, device: Device) -> RecordDict:
             bench.busy_s += time.perf_counter() - started
             device.release(campaign, request, update)
     reply = wire.pack_reply(update, round_number=request.round_number, policy_sha256=policy.sha256)
-    return _checked(reply, policy, device)
+    return _checked(reply, policy, device, without=_BODY)
 
 
 def _for_sum(
@@ -114,9 +114,9 @@ def _for_sum(
     return whole.astype(campaign.policy.reply_slots()[0].dtype)  # modulo 2^32 where a ring is wanted
 
 
-def _checked(reply: RecordDict, policy: Policy, device: Device) -> RecordDict:
-    """A reply that holds what the policy names and nothing else."""
-    if not set(wire.reply_fields(reply)) <= set(policy.reply_fields):
+def _checked(reply: RecordDict, policy: Policy, device: Device, *, without: tuple[str, ...]) -> RecordDict:
+    """A reply that holds exactly what the policy names, but for the fields of a secure sum's other messages."""
+    if wire.reply_fields(reply) != tuple(field for field in policy.reply_fields if field not in without):
         raise RefusedError("POLICY")
     return wire.stamp_seeded(reply) if device.foreseeable else reply
 
@@ -135,7 +135,7 @@ def _stage(step: Callable[[bytes, int, Campaign, Device], bytes]) -> Callable[[M
                 raise RefusedError("POLICY")
             answered = step(body, round_number, campaign, device)
         reply = wire.pack_stage(answered, round_number=round_number, policy_sha256=policy_sha256)
-        return _checked(reply, campaign.policy, device)
+        return _checked(reply, campaign.policy, device, without=(wire.ARRAYS,))
 
     return respond
 
@@ -166,6 +166,7 @@ _HANDLERS = {
     wire.SECURE_SHARES: _stage(share),
     wire.SECURE_UNMASK: _stage(unmask),
 }
+_BODY = (f"{wire.CONFIG}.{wire.BODY}",)
 _SECURE_SUM = {"TOO_FEW": "ROSTER", "MALFORMED": "SCHEMA"}  # codes of its own that a server is told as others
 
 

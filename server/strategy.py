@@ -125,7 +125,7 @@ class EqualWeights(Strategy):
 
         Raises:
             CampaignError: Fewer good replies than ``federation.min_reply_share`` of the cohort, or a fatal one.
-            VoidRoundError: Under trust ``distributed``, fewer than may be summed.
+            VoidRoundError: Under trust ``distributed`` and ``central``, too few of them.
         """
         updates = self._accept(server_round, replies)
         self._check_faults(server_round)

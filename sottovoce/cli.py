@@ -238,7 +238,7 @@ _BENCHMARKS = {
     "deployment": (5, "a server and three devices on this machine: seconds, bytes, memory (rounds of its campaign)"),
     "secure-sum": (5, "a secure sum: what a device and a dropout cost, by values and devices (devices timed)"),
     "users": (3, "what user-level privacy costs: ours and two rivals at three epsilons (rounds: seeds)"),
-    "lora": (1, "what LoRA adds to a linear head at user level, at three epsilons; an hour (rounds: seeds)"),
+    "lora": (1, "what LoRA adds to a linear head at user level, at three epsilons; fifteen minutes (rounds: seeds)"),
     "statistics": (4, "what the rival dp-statistics reaches, its constants chosen anew (rounds: seeds of the noise)"),
 }
 
