@@ -3,7 +3,7 @@
 An engine runs ``main(grid)``: ``run_inline`` here, with every device in this process, and ``run_ray`` in
 ``shared/ray_engine.py``. What ``main`` raises comes out as it is.
 
-Written against flwr 1.41; ``TaskIdentity``, ``message_to_proto`` and the message ids are private there, which is why
+Written against flwr 1.41; ``TaskIdentity``, the protos of messages and their ids are private there, which is why
 they appear in this module and in no other.
 """
 
@@ -22,6 +22,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -89,6 +90,7 @@ class InlineGrid(Metered):
 
     Attributes:
         seats: node id -> ``partition-id``.
+        on_wire: Called with the bytes of every request and of its reply, in an audit; see ``read_wire``.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class InlineGrid(Metered):
         super().__init__()
         _become_server()
         self._client_app = client_app
+        self.on_wire: Callable[[bytes, bytes], object] | None = None
         self.seats = {_FIRST_NODE + i: i for i in range(devices)}
         self._run = Run.create_empty(_RUN_ID)
         self._replies: dict[str, Message] = {}
@@ -147,8 +150,8 @@ class InlineGrid(Metered):
     def _deliver(self, message: Message) -> str:
         message_id = str(uuid4())
         message.metadata.__dict__["_message_id"] = message_id
-        request, size = _over_the_wire(message)
-        self.bytes_down += size
+        request, sent = _over_the_wire(message)
+        self.bytes_down += len(sent)
         context = self._contexts[request.metadata.dst_node_id]
         TaskIdentity.node_id = context.node_id
         try:
@@ -156,9 +159,11 @@ class InlineGrid(Metered):
         finally:
             _become_server()
         reply.metadata.__dict__["_message_id"] = str(uuid4())
-        self._replies[message_id], size = _over_the_wire(reply)
+        self._replies[message_id], answered = _over_the_wire(reply)
         self.messages += 1
-        self._count_reply(size)
+        self._count_reply(len(answered))
+        if self.on_wire:
+            self.on_wire(sent, answered)
         return message_id
 
 
@@ -167,11 +172,15 @@ def _become_server() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN_ID, _SERVER_NODE
 
 
-def _over_the_wire(message: Message) -> tuple[Message, int]:
-    """Serialise and parse a message; returns what arrives and its size in bytes."""
-    proto = message_to_proto(message)
-    payload = proto.SerializeToString()
-    return message_from_proto(type(proto).FromString(payload)), len(payload)
+def _over_the_wire(message: Message) -> tuple[Message, bytes]:
+    """Serialise and parse a message; returns what arrives and its bytes."""
+    payload = message_to_proto(message).SerializeToString()
+    return read_wire(payload), payload
+
+
+def read_wire(payload: bytes) -> Message:
+    """The message in the bytes that an inline grid carried."""
+    return message_from_proto(ProtoMessage.FromString(payload))
 
 
 def round_trip_bytes(request: RecordDict, reply: RecordDict) -> tuple[int, int]:
@@ -183,7 +192,7 @@ def round_trip_bytes(request: RecordDict, reply: RecordDict) -> tuple[int, int]:
         message.metadata.__dict__["_message_id"] = str(uuid4())
         answer = Message(reply, reply_to=message)
         answer.metadata.__dict__["_message_id"] = str(uuid4())
-        return _over_the_wire(message)[1], _over_the_wire(answer)[1]
+        return len(_over_the_wire(message)[1]), len(_over_the_wire(answer)[1])
     finally:
         TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = speaker
 
