@@ -13,6 +13,7 @@ from client import source_cli
 from client.owner_words import CAPS, history_lines, key_lines, offer_lines, plain, status_lines
 from client.place import default_home, open_owner_home
 from client.service_cli import service_line
+from shared.card_cli import add_output
 from shared.errors import DataError, LedgerError, StoreError
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ def add_parsers(commands: "Subparsers") -> None:
     _add_json(status)
     history = _add(commands, "history", _history, "what left the device: date, campaign, round, bytes, hash")
     _add_json(history)
+    card = _add(commands, "card", _card, "the privacy card of a campaign: what is promised, spent, sent, not covered")
+    card.add_argument("--campaign", metavar="POLICY", help="first digits of its policy (default: the only one)")
+    add_output(card)
     _add(commands, "pause", _pause, "take part in nothing until resume")
     _add(commands, "resume", _resume, "end a pause")
     forget = _add(commands, "forget", _forget, "delete keys, records, features, private heads; what was spent stays")
@@ -268,6 +272,12 @@ def _history(options: argparse.Namespace) -> int:
     events = history(open_owner_home(options.home))
     _say(json.dumps(events, indent=2) if options.json else "\n".join(history_lines(events)))
     return 0
+
+
+def _card(options: argparse.Namespace) -> int:
+    from client.card import run  # loads torch
+
+    return run(options)
 
 
 def _pause(options: argparse.Namespace) -> int:

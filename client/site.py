@@ -18,7 +18,7 @@ from shared.adapter import load_start
 from shared.assets import resolve
 from shared.campaign import Campaign, certify, find_campaign
 from shared.config import DataConfig, Scenario
-from shared.datasets import Dataset, Record, choose_users, read
+from shared.datasets import Dataset, Record, choose_users, hold_out, read
 from shared.errors import RefusedError, ScenarioError
 from shared.features import Features, cached_features
 from shared.head import Head
@@ -40,10 +40,16 @@ def resident_base(reference: str, device: str = "cpu") -> Base:
     return base
 
 
-@lru_cache(maxsize=2)
-def resident_dataset(data: DataConfig) -> Dataset:
-    """The users of a simulation, read once per process: all, or the part of them that it is about."""
-    return choose_users(read(data.format, resolve(data.source)), data.users, tuning_share=data.tuning_share)
+@lru_cache(maxsize=4)
+def resident_dataset(data: DataConfig, *, held_out: float = 0.0) -> Dataset:
+    """The users of a simulation, read once per process: all, or the part of them that it is about.
+
+    Args:
+        data: Which data.
+        held_out: Share of every user's records that nobody trains on.
+    """
+    everybody = read(data.format, resolve(data.source))
+    return hold_out(choose_users(everybody, data.users, tuning_share=data.tuning_share), held_out)[0]
 
 
 def use_threads(count: int) -> None:
@@ -157,7 +163,7 @@ def open_site(campaigns: str, policy_sha256: str) -> Site:
     """Load everything a process of devices needs for one campaign, once; parameters as ``accepted_campaign``."""
     bench = open_workbench(accepted_campaign(campaigns, policy_sha256))
     scenario = bench.campaign.scenario
-    dataset = resident_dataset(scenario.data)
+    dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
     texts = TextFeatures(bench.base, scenario, dataset)
     return Site(
         bench.campaign, bench.base, bench.head, bench.module, dataset, texts, inputs=bench.head.prepare(texts.all)

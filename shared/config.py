@@ -222,6 +222,18 @@ class EvaluationConfig(Settings):
     metrics: tuple[MetricName, ...] = ()  # of installed packages, beside the built-in ones
 
 
+class AttackConfig(Settings):
+    """Attacks of a simulation on its own result; they change what it trains on. A device with an owner reads none."""
+
+    membership: bool = False  # who was trained on? Runs the campaign a second time, without privacy, to compare with
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of a user's fit records, by a public hash: for nobody
+
+    @property
+    def held_out(self) -> float:
+        """Share of the records that nobody may train on."""
+        return self.held_out_share if self.membership else 0.0
+
+
 class PerformanceConfig(Settings):
     """Must not change the guarantee or, beyond rounding, the result."""
 
@@ -253,6 +265,7 @@ class Scenario(Settings):
     statistics: StatisticsConfig = StatisticsConfig()
     export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    attack: AttackConfig = AttackConfig()
     performance: PerformanceConfig = PerformanceConfig()
 
     def seeds(self) -> list[int]:

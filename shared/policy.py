@@ -207,13 +207,15 @@ def hash_arrays(arrays: Arrays) -> str:
 def hash_settings(scenario: Scenario) -> str:
     """Hash over every setting that server and devices must agree on.
 
-    Not among them: how fast one computes, and where one's data and base lie (the base has a hash of its own).
+    Not among them: how fast one computes, what a simulation attacks, and where one's data and base lie (the base has a
+    hash of its own).
     """
     content = scenario.model_dump(
         mode="json",
         exclude={
             "performance": True,
             "evaluation": True,
+            "attack": True,
             "export": True,
             "linear": True,
             "statistics": True,

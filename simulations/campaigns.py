@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -36,6 +36,7 @@ from shared.shamir import SHARE_BYTES
 from simulations.journal import Journal
 from simulations.observe import Observer, make_observer
 
+UNPROTECTED = "unprotected"  # name of the campaign that a membership attack is compared with
 # In a simulation nobody goes offline: such a reply is a fault, and a run with faults must not look finished.
 FATAL = ("ERROR", "INTERNAL", "NO_REPLY")
 
@@ -144,6 +145,26 @@ def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: b
                 raise type(error)(f"campaign {name}: {error}") from None
             raise
     return plans
+
+
+def plan_unprotected(plans: Sequence[Plan], base: Base, dataset: Dataset) -> list[Plan]:
+    """The scenario's own campaigns again without privacy, where a membership attack needs them to compare with."""
+    mine = [plan for plan in plans if not plan.suffix and plan.scenario.attack.membership and plan.policy.delta]
+    return [
+        _plan(
+            (UNPROTECTED, f"-{UNPROTECTED}", plan.folder.replace(plan.name, UNPROTECTED, 1)),
+            _unprotected(plan.scenario),
+            base,
+            dataset,
+            plan.texts,
+        )
+        for plan in mine
+    ]
+
+
+def _unprotected(scenario: Scenario) -> Scenario:
+    name = f"{scenario.name[: 63 - len(UNPROTECTED)]}-{UNPROTECTED}"
+    return scenario.model_copy(update={"name": name, "privacy": scenario.privacy.model_copy(update={"trust": "none"})})
 
 
 def exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:

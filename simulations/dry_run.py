@@ -7,7 +7,7 @@ from client.site import resident_base, resident_dataset, use_threads
 from shared.assets import resolve
 from shared.config import Scenario
 from shared.datasets import Dataset
-from simulations.campaigns import Plan, exported_users, plan_campaigns
+from simulations.campaigns import Plan, exported_users, plan_campaigns, plan_unprotected
 from simulations.dp_statistics import applies, promise
 
 
@@ -20,10 +20,11 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
-    dataset = resident_dataset(scenario.data)
+    dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported_users(scenario, dataset)
     plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
+    plans += plan_unprotected(plans, base, dataset)
     return {
         "scenario": scenario.model_dump(mode="json"),
         "clients": len(dataset.users),

@@ -152,8 +152,25 @@ class Point:
     unit: str = ""
 
 
-def row_by_row(points: Sequence[Point], *, metric: str) -> tuple[dict[str, Figure], list[str]]:
-    """Every row with the score of each run beside the others, as ``by_round`` returns it."""
+def row_by_row(
+    points: Sequence[Point],
+    *,
+    metric: str,
+    identifier: str = "rows",
+    title: str = "Row by row",
+    caption: str = "",
+    line: float | None = None,
+) -> tuple[dict[str, Figure], list[str]]:
+    """Every row with the score of each run beside the others, as ``by_round`` returns it.
+
+    Args:
+        points: The scores.
+        metric: What they are of.
+        identifier: Id of the figure.
+        title: Of the figure.
+        caption: Of the figure; by default where the numbers of a comparison of runs stand.
+        line: Where a line is drawn to compare with.
+    """
     rows = list(dict.fromkeys(point.row for point in points))
     runs = list(dict.fromkeys(point.run for point in points))
     data, seen = [], []
@@ -175,13 +192,17 @@ def row_by_row(points: Sequence[Point], *, metric: str) -> tuple[dict[str, Figur
         "zeroline": False,
     }
     look["hovermode"] = "closest"
+    if line is not None:
+        upright = {"type": "line", "x0": line, "x1": line, "yref": "paper", "y0": 0, "y1": 1}
+        look["shapes"] = [upright | {"line": {"color": "--ink", "width": 1.5}}]
     height = 110 + 24 * len(runs) + len(rows) * (14 + 12 * len(runs))
-    return {"rows": {"data": data, "layout": look}}, [
+    numbers = f"Bars are 95 % intervals over users. The numbers stand in the table {heading(metric)} below."
+    return {identifier: {"data": data, "layout": look}}, [
         plot(
-            "rows",
-            title="Row by row",
+            identifier,
+            title=title,
             described="; ".join(seen) + ".",
-            caption=f"Bars are 95 % intervals over users. The numbers stand in the table {heading(metric)} below.",
+            caption=caption or numbers,
             height=height,
         )
     ]

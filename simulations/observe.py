@@ -3,7 +3,7 @@
 It is the only source of metrics; devices reply with none (rule P2).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from client.personalize import PrivateOutput, fit_output, personal_method
 from client.site import TextFeatures
 from shared.adapter import Arrays, load_start, read_start
 from shared.config import PersonalConfig, Scenario, TaskConfig
-from shared.datasets import Dataset
+from shared.datasets import Dataset, Record
 from shared.head import Head, RatingHead, pooled_features
 from shared.metrics import METRICS, Described, Interval, described, paired_difference, score_row, user_rmse
 from shared.scoring import rmse, text_predictions
@@ -70,6 +70,18 @@ class Observer(Protocol):
 
     def scored_users(self) -> np.ndarray:
         """Index of every user with a test row, ascending."""
+
+    def losses(self, arrays: Arrays, records: Sequence[Record]) -> np.ndarray:
+        """Loss of the shared part on every record (n,), as whoever has the arrays computes it."""
+
+    def reference_losses(self, records: Sequence[Record], *, half: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Loss (n,) of a model that was trained on no record of the same user.
+
+        Args:
+            records: Any.
+            half: Which half (n,) of the users each is of, 0 or 1.
+            known: Which (n,) of them an attacker may train on.
+        """
 
 
 class RatingObserver:
@@ -153,6 +165,19 @@ class RatingObserver:
 
     def scored_users(self) -> np.ndarray:  # noqa: D102
         return np.unique(self.test.user)
+
+    def losses(self, arrays: Arrays, records: Sequence[Record]) -> np.ndarray:  # noqa: D102
+        _, shared = self.text_predictions(arrays)
+        return np.asarray((shared[self._texts.rows(records)] - [record.target for record in records]) ** 2)
+
+    def reference_losses(self, records: Sequence[Record], *, half: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Squared error of the row ``pooled``, fitted to the known records of the other half of the users."""
+        text, target = np.array(self._texts.rows(records)), np.array([record.target for record in records])
+        bare, losses = self.bare_features(), np.empty(len(records))
+        for side in (0, 1):
+            fit, asked = (Rows(text[at], target[at], half[at]) for at in (known & (half != side), half == side))
+            losses[half == side] = (baselines.pooled(bare, fit, asked, ridge=1.0) - asked.target) ** 2
+        return losses
 
     def predict(self, arrays: Arrays, *, known: Rows, asked: Rows) -> Predictions:
         """Fit every user's private part on the rows known, predict the rows asked."""

@@ -70,6 +70,21 @@ class LanguageObserver:
     def scored_users(self) -> np.ndarray:  # noqa: D102
         return np.unique(self._test_users)
 
+    def losses(self, arrays: Arrays, records: Sequence[Record]) -> np.ndarray:
+        """Mean loss per token of each response."""
+        load_shared(self.head, arrays)
+        scores = self._evaluate(records)
+        return np.asarray(scores.nll / np.maximum(scores.tokens, 1))
+
+    def reference_losses(self, records: Sequence[Record], *, half: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Of the base as published, which nobody's records have trained.
+
+        Source:
+            Mireshghallah et al. 2022, arXiv:2203.03929: a pretrained model as the reference of a fine-tuned one.
+        """
+        del half, known
+        return self.losses(self._start, records)
+
     def private_arrays(self, arrays: Arrays, user: int) -> Arrays:
         """The LoRA of one user, fine-tuned from shared arrays on all of the user's training rows."""
         records = self._dataset.users[user].train

@@ -7,8 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.audits import FILE as AUDIT
+from shared.audits import read_audit
 from shared.metrics import Interval
-from simulations import page
+from shared.policy import read_policy
+from simulations import membership_page, page
+from simulations.audit.section import section as audit_section
 from simulations.figures import by_round, by_user
 from simulations.results import OverSeeds, RunFolder, Summary, check_summary, read_run
 
@@ -72,18 +76,21 @@ def write_report(run_folder: Path) -> Path:
     summary = folder.summary
     round_figures, round_plots = by_round(folder.rounds, metric=summary.metric)
     user_figures, user_plots = by_user(folder.users, less=_less_is_better(summary, folder.users.metric))
+    attack_figures, attack = membership_page.section(summary)
     sections = [
         *_opening(folder),
         *_outcome(summary),
         *("<h2>User by user</h2>", *user_plots),
         *("<h2>Round by round</h2>", *round_plots),
+        *attack,
+        *_audited(run_folder),
         *_flows(summary),
         *_cost(summary),
         *_repeat(folder),
     ]
     title = f"{summary.scenario}: a Sottovoce run"
     target = run_folder / "report.html"
-    page.write(target, page.page(title, "\n".join(sections), figures=round_figures | user_figures))
+    page.write(target, page.page(title, "\n".join(sections), figures=round_figures | user_figures | attack_figures))
     return target
 
 
@@ -108,7 +115,18 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
         side = "below" if _less_is_better(checked, checked.metric) else "above"
         found = page.score(checked.metric, difference, digits=4, sign=True)
         lines.append(f"{name} personal - local  {found}  {side} 0: personal is better")
+    if checked.membership is not None:
+        lines.append(membership_page.headline(checked.membership))
     return lines
+
+
+def _audited(run_folder: Path) -> Iterator[str]:
+    """What ``sottovoce audit`` found on the run's own campaign, where somebody asked it."""
+    if (run_folder / AUDIT).is_file():
+        policies = [
+            read_policy(path.read_text(encoding="utf-8")) for path in run_folder.glob("campaigns/*/policy.json")
+        ]
+        yield from audit_section(read_audit(run_folder / AUDIT), policies={policy.sha256 for policy in policies})
 
 
 def _less_is_better(summary: Summary, metric: str) -> bool:

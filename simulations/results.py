@@ -110,6 +110,56 @@ class Resumed(_Part):
     at: str
 
 
+class AttackScore(_Part):
+    """How well a membership attack does: AUC, and TPR at the FPR of the attack, null where that is out of reach."""
+
+    auc: Checked
+    tpr: Checked | None
+
+
+class AttackOn(_Part):
+    """A membership attack on records or on users: target -> attack -> score; its null check and its control."""
+
+    members: int
+    non_members: int
+    users: int
+    interval: str
+    epsilon: FiniteFloat | None
+    delta: FiniteFloat | None
+    tpr_limit: FiniteFloat | None
+    attacked: dict[str, dict[str, AttackScore]]
+
+    @model_validator(mode="after")
+    def _has_controls(self) -> Self:
+        if not all(self.attacked.get(target) for target in ("unprotected", "untrained")):
+            raise ValueError("an attack must have been made without privacy, and on the untrained start")
+        return self
+
+    def biased(self) -> list[str]:
+        """Attacks that tell members from others where nothing was trained."""
+        return [
+            name for name, score in self.attacked["untrained"].items() if not score.auc.low <= 0.5 <= score.auc.high
+        ]
+
+    def detected(self, target: str) -> list[str]:
+        """Attacks that tell members from others in a target, by more than their bias."""
+        floor = {name: self.attacked["untrained"][name].auc.high for name in self.biased()}
+        return [
+            name
+            for name, score in self.attacked.get(target, {}).items()
+            if score.auc.low > max(0.5, floor.get(name, 0.5))
+        ]
+
+
+class Membership(_Part):
+    """The membership attack on the shared arrays of the run."""
+
+    held_out_share: FiniteFloat
+    fpr: FiniteFloat = Field(gt=0, lt=1)
+    records: AttackOn
+    users: AttackOn | None = None
+
+
 class Summary(_Part):
     """``summary.json``."""
 
@@ -133,6 +183,7 @@ class Summary(_Part):
     heads_base: dict[str, Any] | None = None
     federation: Federation
     data: Data
+    membership: Membership | None = None
 
     @property
     def private(self) -> bool:

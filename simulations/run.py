@@ -24,7 +24,16 @@ from shared.flower import Metered, metered, run_inline, seats
 from shared.model import Base
 from shared.ray_engine import run_ray
 from simulations.bench_about import commit
-from simulations.campaigns import Opened, Plan, Result, exported_users, open_campaign, plan_campaigns, run_campaign
+from simulations.campaigns import (
+    Opened,
+    Plan,
+    Result,
+    exported_users,
+    open_campaign,
+    plan_campaigns,
+    plan_unprotected,
+    run_campaign,
+)
 from simulations.folder import (
     check_same_scenario,
     note_resumption,
@@ -34,6 +43,7 @@ from simulations.folder import (
     write_json,
 )
 from simulations.journal import Journal
+from simulations.membership import attack_membership
 from simulations.score import score_run
 
 VERSIONS = (
@@ -83,17 +93,21 @@ def simulate(
             write_json(out / "run.json", _describe_run(scenario, command))
             write_json(out / "scenario.json", scenario.model_dump(mode="json"))
         plans, base, dataset, exported = _prepare(scenario, quiet=quiet)
-        opened = [open_campaign(plan, out / "campaigns") for plan in plans]
+        unprotected = plan_unprotected(plans, base, dataset)
+        opened = [open_campaign(plan, out / "campaigns") for plan in [*plans, *unprotected]]
         resumed = note_resumption(out, opened, command) if resume else []
         with open_events(out) as events:
             results = _run_campaigns(
                 opened, scenario, base, dataset, journal=open_journal(out, opened, events.add), grid=grid, quiet=quiet
             )
-            summary = score_run(scenario, dataset, results, out=out, quiet=quiet)
+            compared = results[len(plans) :]
+            summary = score_run(scenario, dataset, results[: len(plans)], out=out, quiet=quiet)
             events.add_summary(summary)
         from simulations.heads import export_heads  # onnx is slow to import, and not needed before
 
         summary |= export_heads(results[0], exported, base, dataset, folder=out / "heads", quiet=quiet)
+        if scenario.attack.membership:
+            summary |= attack_membership(scenario, base, dataset, results[: len(plans)], compared, quiet=quiet)
         summary["resumed"] = resumed
         summary["cost"]["wall_s"] = time.perf_counter() - started
         write_json(out / "summary.json", summary)
@@ -164,7 +178,7 @@ def _prepare(scenario: Scenario, *, quiet: bool) -> tuple[list[Plan], Base, Data
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
-    dataset = resident_dataset(scenario.data)
+    dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported = exported_users(scenario, dataset)
     return plan_campaigns(scenario, base, dataset, quiet=quiet), base, dataset, exported

@@ -84,6 +84,7 @@ def score_run(
             *_stamp_noise(main.plan),
             *_stamp_masks(main.plan),
             _TUNING[scenario.data.users],
+            *_stamp_attack(scenario),
             *_price_together(results, released),
         ],
         "seeds": scenario.seeds(),
@@ -158,6 +159,12 @@ def _stamp_masks(plan: Plan) -> list[str]:
     if plan.policy.secure_sum is None or plan.scenario.performance.secure_sum == "masked":
         return []
     return ["secure sum: masks left out; bytes are without its messages"]
+
+
+def _stamp_attack(scenario: Scenario) -> list[str]:
+    """The scores are those of a run with fewer records."""
+    share = scenario.attack.held_out
+    return [f"membership attack: {100 * share:g} % of every user's fit records held out, for nobody"] if share else []
 
 
 def _price_together(results: Sequence[Result], released: Promise | None) -> list[str]:

@@ -14,6 +14,8 @@ from typing import NoReturn
 import sottovoce
 from client.cli import add_parser as add_client
 from shared.errors import DataError, ScenarioError, SottovoceError
+from sottovoce.audit_cli import add_parser as add_audit
+from sottovoce.card_cli import add_parser as add_card
 from sottovoce.policy_cli import add_parser as add_policy
 from sottovoce.server_cli import add_parser as add_server
 
@@ -85,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands)
     _add_flwr_run(commands)
     _add_report(commands)
+    add_audit(commands)
+    add_card(commands)
     _add_bench(commands)
     _add_data(commands)
     _add_list(commands)
@@ -240,6 +244,7 @@ _BENCHMARKS = {
     "users": (3, "what user-level privacy costs: ours and two rivals at three epsilons (rounds: seeds)"),
     "lora": (1, "what LoRA adds to a linear head at user level, at three epsilons; fifteen minutes (rounds: seeds)"),
     "statistics": (4, "what the rival dp-statistics reaches, its constants chosen anew (rounds: seeds of the noise)"),
+    "audits": (200, "audits: false alarms of each bound, faults found by epsilon, seconds (rounds: null runs)"),
 }
 
 

@@ -227,6 +227,18 @@ def homes():
 
 
 @pytest.fixture(scope="session")
+def browsing():
+    """The module ``tests/test_report_browser.py``: what is looked for in a page, as JavaScript."""
+    return _load("test_report_browser")
+
+
+@pytest.fixture(scope="session")
+def cards():
+    """The module ``tests/cards.py``: audits made up, and runs, for privacy cards."""
+    return _load("cards")
+
+
+@pytest.fixture(scope="session")
 def published(homes, tiny_world, tmp_path_factory):
     """A signed campaign over the tiny base for all who only read it."""
     folder = tmp_path_factory.mktemp("published")

@@ -200,3 +200,38 @@ def add_statistics(folder: Path, *, epsilon: float | None = 8.0) -> Path:
     summary["privacy_statistics"] = claim | {"sentence": f"Statistics, once: ({epsilon}, 1e-5) per record."}
     path.write_text(json.dumps(summary), encoding="utf-8")
     return folder
+
+
+def attack(
+    *,
+    private: float | None = 0.5,
+    control: float = 0.6,
+    null: float = 0.5,
+    tpr: float = 0.01,
+    limit: float = 0.0272,
+) -> Json:
+    """A membership attack on records: the AUC with privacy, without it, and where nothing was trained."""
+
+    def target(auc: float, rate: float = 0.01) -> Json:
+        return {"loss": {"auc": interval(auc, 0.01), "tpr": interval(rate, 0.005)}}
+
+    attacked = {"private": target(private, tpr)} if private is not None else {}
+    return {
+        "members": 900,
+        "non_members": 100,
+        "users": 30,
+        "interval": "bootstrap over users",
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "tpr_limit": limit,
+        "attacked": attacked | {"unprotected": target(control), "untrained": target(null)},
+    }
+
+
+def add_membership(folder: Path, **numbers: Any) -> Path:
+    """Give an invented run a membership attack on its records."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary["membership"] = {"held_out_share": 0.2, "fpr": 0.01, "records": attack(**numbers)}
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    return folder

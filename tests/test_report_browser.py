@@ -14,7 +14,7 @@ import pytest
 from simulations.compare import read_runs, write_comparison
 from simulations.report import write_report
 
-PLOTS = {"report": 4, "comparison": 2}  # on the page
+PLOTS = {"report": 5, "comparison": 2}  # on the page
 SIZES = {"desk": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 CONTROLS = "a[href], button, input, select, textarea, summary, [tabindex]"
 
@@ -83,6 +83,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, invented: Any) -> dict[str, 
     second = invented.invented_run(
         folder / "loose-with-a-rather-long-name-of-its-folder", better_by=0.02, seeds=(1, 2, 3)
     )
+    invented.add_membership(second, null=0.53)
     third = invented.invented_run(folder / "bare", epsilon=None, better_by=0.03)
     comparison = write_comparison(read_runs([first, second, third]), out=folder / "comparison.html")
     found = {"report": write_report(second), "comparison": comparison}

@@ -8,9 +8,9 @@ from shared.registry import lookup
 
 from . import convai2, movielens, sotu
 from .records import Dataset, Record, UserData, check_dataset, split_by_time
-from .users import choose_users
+from .users import choose_users, hold_out
 
-__all__ = ["READERS", "Dataset", "Record", "UserData", "choose_users", "read", "split_by_time"]
+__all__ = ["READERS", "Dataset", "Record", "UserData", "choose_users", "hold_out", "read", "split_by_time"]
 
 READERS: dict[str, Callable[[Path], Dataset]] = {
     "movielens-100k": movielens.read_100k,

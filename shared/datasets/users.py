@@ -1,11 +1,11 @@
-"""The public split of a data set's users: those whom constants are chosen on, and those whom a campaign is about."""
+"""Public splits by hash: of users, those constants are chosen on; of records, those nobody may train on."""
 
 import hashlib
 from dataclasses import replace
 
 from shared.errors import DataError, ScenarioError
 
-from .records import Dataset
+from .records import Dataset, Record, UserData
 
 PARTS = ("all", "tuning", "campaign")
 
@@ -48,7 +48,36 @@ def choose_users(dataset: Dataset, part: str, *, tuning_share: float) -> Dataset
     return replace(dataset, users=chosen)
 
 
-def _place(name: str, user: str) -> float:
-    """In [0, 1): the first digits of a hash that nobody can steer without changing their id."""
-    digest = hashlib.sha256(f"sottovoce tuning users\0{name}\0{user}".encode()).digest()
-    return int.from_bytes(digest[:4]) / 2**32
+def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Take a share of every user's fit records away, for an attack to tell them from those that stay.
+
+    Args:
+        dataset: Any.
+        share: Of the records; in [0, 1).
+
+    Returns:
+        The data set without them; and the same users with nothing but them, as ``fit``.
+
+    Guarantee:
+        Where a record is depends on the format's name, its user, its content and the share alone: on no seed, no time,
+        no other record. Records of a user that a model cannot tell apart are on the same side.
+    """
+
+    def held(user: UserData, record: Record) -> bool:
+        return _place(dataset.name, user.user, *record.key, purpose="held-out records") < share
+
+    if not share:
+        return dataset, replace(dataset, users=tuple(UserData(user.user, (), (), ()) for user in dataset.users))
+    sides = [
+        {side: tuple(record for record in user.fit if held(user, record) == side) for side in (False, True)}
+        for user in dataset.users
+    ]
+    kept = tuple(replace(user, fit=side[False]) for user, side in zip(dataset.users, sides, strict=True))
+    taken = tuple(UserData(user.user, side[True], (), ()) for user, side in zip(dataset.users, sides, strict=True))
+    return replace(dataset, users=kept), replace(dataset, users=taken)
+
+
+def _place(name: str, *content: str, purpose: str = "tuning users") -> float:
+    """In [0, 1): the first digits of a hash that nobody can steer without changing the content."""
+    parts = "\0".join((f"sottovoce {purpose}", name, *content))
+    return int.from_bytes(hashlib.sha256(parts.encode()).digest()[:4]) / 2**32
