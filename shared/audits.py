@@ -26,8 +26,9 @@ class LevelResult(_Part):
         title: What was attacked, in a few words.
         passed: Whether the attack found no more than the claim allows; None where that is no evidence, because its
             control was not detected or a mutant was missed.
-        epsilon_lower: Lower bound on epsilon at 95 % confidence, of the policy that was attacked; None where the
-            level gives none.
+        epsilon_lower: Lower bound on epsilon at 95 % confidence; None where the level gives none.
+        epsilon_audited: Of the policy that ``epsilon_lower`` is about: a level may attack a copy of the campaign whose
+            noise is that of a smaller epsilon, where its bound has power.
         power: Whether a quarter of the noise shows at the epsilon claimed, in four runs of five at least (L1) or in
             this one (L2); None where the level gives no bound.
         control_detected: Whether the same attack succeeds without privacy.
@@ -41,6 +42,7 @@ class LevelResult(_Part):
     title: str
     passed: bool | None
     epsilon_lower: FiniteFloat | None
+    epsilon_audited: FiniteFloat | None = None
     power: bool | None = None
     control_detected: bool
     mutants_caught: tuple[str, ...]

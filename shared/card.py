@@ -188,11 +188,20 @@ def _audit(sources: Sources, name: str) -> dict[str, Any]:
 
 def _level(sources: Sources, name: str, key: str) -> dict[str, Any]:
     at = f"{name}#/levels/{key}"
-    fields = ("title", "epsilon_lower", "power", "control_detected", "mutants_caught", "mutants_missed", "words")
+    fields = (
+        "title",
+        "epsilon_lower",
+        "epsilon_audited",
+        "power",
+        "control_detected",
+        "mutants_caught",
+        "mutants_missed",
+        "words",
+    )
     found: dict[str, Any] = {"level": key, "result": computed(sources, "audit.verdict", at)}
     found |= {field: quoted(sources, f"{at}/{field}") for field in fields}
     if found["result"]["value"] == "no result":  # a number without its control must not be read as one
-        del found["epsilon_lower"]
+        del found["epsilon_lower"], found["epsilon_audited"]
     return found
 
 

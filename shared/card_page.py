@@ -252,8 +252,8 @@ def _level(level: Mapping[str, Any]) -> str:
     said = [html.escape(word) for word in level["words"]["value"]]
     if "epsilon_lower" in level and level["epsilon_lower"]["value"] is not None:
         said.append(
-            f"Lower bound on the epsilon of what was attacked (see above), at 95 % confidence: "
-            f"{_prose([level['epsilon_lower']])}."
+            f"Attacked at epsilon {_prose([level['epsilon_audited']])}, of which at least "
+            f"{_prose([level['epsilon_lower']])} was spent (95 % confidence)."
         )
     control = "detected" if level["control_detected"]["value"] else "NOT DETECTED, so there is no result"
     said.append(f"Control, the same attack without privacy: {control}.")

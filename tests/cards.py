@@ -19,6 +19,7 @@ def level(title: str, *, passed: bool | None = True, control: bool = True, **cha
         "title": title,
         "passed": passed,
         "epsilon_lower": None,
+        "epsilon_audited": 2.0,
         "control_detected": control,
         "mutants_caught": ("no-noise",),
         "mutants_missed": (),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.audits import read_audit
 from sottovoce import cli
 
 ROOT = Path(__file__).parent.parent
@@ -200,3 +201,32 @@ def test_the_readme_quotes_what_a_secure_sum_costs():
             f"{c['device_ms']['all']['median']:.0f} / {c['server_ms']['dropout']['median']:.1f}" for c in group.values()
         ]
         assert " | ".join(cells) in README
+
+
+def test_the_audits_page_quotes_what_was_measured():
+    page = (ROOT / "docs" / "audits.md").read_text(encoding="utf-8")
+    measured = ROOT / "docs" / "measurements"
+    bench = json.loads((measured / "bench-audits.json").read_text(encoding="utf-8"))
+    for name, alarms in bench["false_alarms"].items():
+        assert alarms["met"]
+        assert f"| {name} | {alarms['value']} |" in page
+    for key, words in (("full batch", "any mechanism"), ("full batch, gaussian bound", "Gaussian noise")):
+        for epsilon, row in bench["power"][key].items():
+            shares = " | ".join(f"{100 * found['median']:.0f} %" for found in row.values())
+            assert f"| {epsilon}, the bound for {words} | {shares} |" in page
+    attacked = json.loads((measured / "membership-movielens.json").read_text(encoding="utf-8"))
+    for attacks in attacked["membership"]["records"]["attacked"].values():
+        for score in (attacks["loss"]["auc"], attacks["reference"]["auc"]):
+            assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in page
+    audits = sorted(measured.glob("audit-*.json"))
+    assert len(audits) == 4
+    for path in audits:
+        audit = read_audit(path)
+        assert audit.passed
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{audit.scenario}` |"))
+        one, sentences, inversion = (audit.levels[name].facts for name in ("L1", "L2", "L5"))
+        for policy in ("audit", "claimed"):
+            assert f"{one[policy]['epsilon_lower']:.2f}" in line
+        assert all(f"{sentences[play]['auc'][0]:.2f}" in line for play in ("control", "private", "no-noise"))
+        hits = " / ".join(str(inversion[play]["hits"]) for play in ("control", "private", "no-noise"))
+        assert f"{hits} of {inversion['control']['tokens']}" in line

@@ -66,6 +66,7 @@ def audit(subject: Subject, *, seed: int, quiet: bool) -> LevelResult:
         title=f"canary {scenario.privacy.unit}s through the real optimiser and the wire",
         passed=None if no_result(caught, control_detected=detected) else held,
         epsilon_lower=real.epsilon_lower,
+        epsilon_audited=AUDIT_EPSILON,
         power=_most(power["claimed"], "sigma/4") >= ENOUGH,
         control_detected=detected,
         mutants_caught=tuple(name for name, found in caught.items() if found),

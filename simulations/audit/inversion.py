@@ -236,7 +236,7 @@ def audit(subject: Subject, *, seed: int, quiet: bool) -> LevelResult:
     detected = control["share"] >= _CONTROL_SHARE
     own = _own_method(subject, seed=seed)
     return LevelResult(
-        title="Words of a text, read out of LoRA's change on the wire",
+        title="words of a text, read out of LoRA's change on the wire",
         passed=None if no_result(caught, control_detected=detected) else real["hits"] <= real["limit"],
         epsilon_lower=None,
         control_detected=detected,

@@ -46,6 +46,10 @@ _RECORDS = 3  # of a device; the records of a play that looks for a fault are cu
 _CUT = 4
 _SAMPLED, _STEPS = 16, 80  # records and steps in which the draw of records is watched
 _QUIET = 1000.0  # noise multiplier there: such a campaign costs next to nothing
+_TITLE = {
+    "record": "record-play: the same with and without one record",
+    "user": "record-play: the same with a user's contribution and with zero",
+}
 _ALL = ("real", "loud", "nan", "empty", "quiet", "stale")
 _QUICK = ("loud", "empty", "quiet")
 
@@ -95,7 +99,7 @@ def audit(subject: Subject, *, seed: int, quiet: bool = True) -> LevelResult:
     facts: dict[str, Any] = {"moved": found.moved, "control_moved": control, "bound_played": stand.bound}
     facts |= {"checks": found.checks, "found_by": failed}
     return LevelResult(
-        title=f"record-play: the same with one {subject.campaign.policy.unit} more",
+        title=_TITLE[subject.campaign.policy.unit],
         passed=None if no_result(caught, control_detected=detected) else not found.failed,
         epsilon_lower=None,
         control_detected=detected,

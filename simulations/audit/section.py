@@ -39,7 +39,7 @@ def section(audit: Audit, *, policies: Collection[str]) -> Iterator[str]:
     )
     yield table(
         f"What was attacked; claimed: ε = {audit.epsilon_claimed:g} at δ = {audit.delta:g}, {audit.unit} level",
-        ["level", "result", "ε at least", "control", "faults found", "faults missed"],
+        ["level", "result", "ε is at least", "control", "faults found", "faults missed"],
         [_row(name, level) for name, level in audit.levels.items()],
         look="words",
     )
@@ -57,10 +57,17 @@ def section(audit: Audit, *, policies: Collection[str]) -> Iterator[str]:
 
 def _row(name: str, level: LevelResult) -> list[str]:
     return [
-        html.escape(f"{name}, {level.title}"),
+        html.escape(name),
         html.escape(verdict(level)),
-        "–" if level.epsilon_lower is None else f"{level.epsilon_lower:.2f}{' (no power)' * (level.power is False)}",
+        _bound(level),
         "detected" if level.control_detected else "not detected",
         html.escape(", ".join(level.mutants_caught) or "–"),
         html.escape(", ".join(level.mutants_missed) or "–"),
     ]
+
+
+def _bound(level: LevelResult) -> str:
+    if level.epsilon_lower is None or level.epsilon_audited is None:
+        return "–"
+    power = "<br>no power at the ε claimed" if level.power is False else ""
+    return f"{level.epsilon_lower:.2f}, attacked at {level.epsilon_audited:g}{power}"

@@ -244,9 +244,10 @@ def run(subject: Subject, *, canaries: int, seed: int, quiet: bool) -> LevelResu
     detected = found["control"]["auc"][0] >= _CONTROL_AUC
     facts = found | _about(bench.campaign.policy, canaries=canaries, guesses=real["guesses"])
     return LevelResult(
-        title="Sentences of a small language model, told from the parameters it released",
+        title="sentences of a small language model, told from the parameters it released",
         passed=None if no_result(needed, control_detected=detected) else not exceeds(real, epsilon=claimed, most=most),
         epsilon_lower=real["epsilon_lower"],
+        epsilon_audited=claimed,
         power=caught["quarter-noise"],
         control_detected=detected,
         mutants_caught=tuple(name for name, yes in caught.items() if yes),
