@@ -67,7 +67,7 @@ def distributed_epsilon(mechanisms: Sequence[DistributedMechanism], *, delta: fl
         Rényi divergence of order a is at most a / 2 z^2 + tau d, and at most (a / 2)(1 / z + tau sqrt(d))^2. We keep
         tau d apart from what grows with a, instead of writing both as one epsilon^2 / 2. docs/privacy.md has the proof.
     """
-    terms = [(m.releases, 1 / m.noise_multiplier, _tau(m.shares, m.share_sigma), m.coordinates) for m in mechanisms]
+    terms = [(m.releases, 1 / m.noise_multiplier, tau_of(m.shares, m.share_sigma), m.coordinates) for m in mechanisms]
     beside = sum(n * d * tau for n, _, tau, d in terms)
     apart = beside + zcdp_epsilon(sum(n * mu**2 / 2 for n, mu, _, _ in terms), delta)
     joint = zcdp_epsilon(sum(n * (mu + tau * math.sqrt(d)) ** 2 / 2 for n, mu, tau, d in terms), delta)
@@ -76,7 +76,7 @@ def distributed_epsilon(mechanisms: Sequence[DistributedMechanism], *, delta: fl
 
 
 @lru_cache(maxsize=256)
-def _tau(shares: int, share_sigma: float) -> float:
+def tau_of(shares: int, share_sigma: float) -> float:
     """How far the logarithm of the density of a sum of shares is from one discrete Gaussian's, twice; rounded up."""
     k = np.arange(1, shares)
     exponents = -2 * math.pi**2 * share_sigma**2 * k / (k + 1)

@@ -169,7 +169,9 @@ def test_epsilon_of_a_gaussian_is_the_accountants():
 def test_which_mechanisms_are_gaussian():
     assert is_gaussian(Mechanism(1.0, 1.0, 20, 5))
     assert not is_gaussian(Mechanism(1.0, 0.5, 1, 1))
-    assert not is_gaussian(DistributedMechanism(1.0, 1, 10, 10, 256.0))
+    assert is_gaussian(DistributedMechanism(1.0, 16, 2000, 800, 2.0**16))
+    assert not is_gaussian(DistributedMechanism(1.0, 1, 10, 10, 256.0))  # within a factor of 1 + 6e-5
+    assert not is_gaussian(DistributedMechanism(1.0, 1, 1, 1_000_000, 0.5))  # coarse shares, however many
 
 
 def test_guesses_are_counted_from_both_ends():

@@ -116,7 +116,7 @@ def test_counting_colluders_noise_or_half_of_the_noise_would_show(sigma, shares,
 @pytest.mark.parametrize("shares", [1, 2, 3, 8, 20])
 @pytest.mark.parametrize("shift", [1, 2])
 def test_every_renyi_divergence_is_within_both_bounds(sigma, shares, shift):
-    law, tau, mu = sum_pmf(sigma, shares), zcdp._tau(shares, sigma), shift / (math.sqrt(shares) * sigma)
+    law, tau, mu = sum_pmf(sigma, shares), zcdp.tau_of(shares, sigma), shift / (math.sqrt(shares) * sigma)
     here, moved = law[shift:], law[:-shift]
     seen = (here > 1e-250) & (moved > 1e-250)
     log_here, log_moved = np.log(here[seen]), np.log(moved[seen])
@@ -140,8 +140,8 @@ def test_tau_is_how_far_a_sum_is_from_one_discrete_gaussian(sigma, shares):
     reach = math.ceil(4 * math.sqrt(shares) * sigma)
     near = [p[p.size // 2 - reach : p.size // 2 + reach + 1] for p in (law, one)]
     apart = float(abs(np.log(near[0] / near[1])).max())
-    assert apart <= zcdp._tau(shares, sigma) / 2
-    assert apart >= zcdp._tau(shares, sigma) / 6 or shares > 2  # of two shares it is the truth but for a constant
+    assert apart <= zcdp.tau_of(shares, sigma) / 2
+    assert apart >= zcdp.tau_of(shares, sigma) / 6 or shares > 2  # of two shares it is the truth but for a constant
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_tau_is_how_far_a_sum_is_from_one_discrete_gaussian(sigma, shares):
     [(1.0, 3, 2, 5, 0.7, "apart"), (4.0, 10, 9, 5, 0.9, "joint"), (3.0, 5, 5000, 9, 1.0, "joint")],
 )
 def test_the_price_is_the_smaller_of_both_bounds_composed(noise, rounds, coordinates, shares, sigma, which):
-    tau, delta = zcdp._tau(shares, sigma), 1e-5
+    tau, delta = zcdp.tau_of(shares, sigma), 1e-5
     bounds = {
         "apart": rounds * coordinates * tau + zcdp_epsilon(rounds / (2 * noise**2), delta),
         "joint": zcdp_epsilon(rounds / 2 * (1 / noise + tau * math.sqrt(coordinates)) ** 2, delta),
@@ -161,12 +161,12 @@ def test_the_price_is_the_smaller_of_both_bounds_composed(noise, rounds, coordin
 
 
 def test_tau_is_never_rounded_down_to_nothing():
-    assert zcdp._tau(1, 0.5) == 0  # one share is a discrete Gaussian
-    assert zcdp._tau(2, 2.0**16) > 0
-    assert zcdp._tau(10**6, 2.0**16) < 1e-290
+    assert zcdp.tau_of(1, 0.5) == 0  # one share is a discrete Gaussian
+    assert zcdp.tau_of(2, 2.0**16) > 0
+    assert zcdp.tau_of(10**6, 2.0**16) < 1e-290
     for shares, sigma in ((2, 0.5), (7, 0.6), (100, 1.0)):
         terms = [math.exp(-2 * math.pi**2 * sigma**2 * k / (k + 1)) for k in range(1, shares)]
-        assert 10 * math.fsum(terms) <= zcdp._tau(shares, sigma) <= 10 * math.fsum(terms) * (1 + 1e-8)
+        assert 10 * math.fsum(terms) <= zcdp.tau_of(shares, sigma) <= 10 * math.fsum(terms) * (1 + 1e-8)
 
 
 @pytest.mark.parametrize("rho", [1e-6, 1e-3, 0.1, 1.0, 20.0])

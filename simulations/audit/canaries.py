@@ -148,9 +148,9 @@ def _words(scenario: Scenario, facts: dict[str, Any]) -> tuple[str, ...]:
     ]
     rounds, steps = scenario.privacy.max_participations, scenario.training.steps
     if (audited["rounds"], audited["steps"]) != (rounds, steps):
+        of_steps = f" of {audited['steps']} of {steps} steps" if audited["steps"] != steps else ""
         words.append(
-            f"Played were {audited['rounds']} of {rounds} rounds, of {audited['steps']} of {steps} steps each, with "
-            "noise calibrated to as many."
+            f"Played: {audited['rounds']} of {rounds} rounds{of_steps}, with noise for as many, at either policy."
         )
     if audited["sampling_rate"] != scenario.privacy.sampling_rate:
         words.append(

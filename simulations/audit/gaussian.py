@@ -7,19 +7,27 @@ from scipy.optimize import brentq
 
 from shared.errors import PrivacyError
 from shared.mechanisms import MAX_EPSILON, AnyMechanism, Mechanism, check_delta
+from shared.zcdp import tau_of
 from simulations.audit.bounds import check_chances, check_counts
 
 _MAX_MU = 40.0  # of a Gaussian trade-off curve: epsilon beyond 800
+_FAR = 10.0  # standard deviations, beyond which a noise lies once in 10^22 draws
+_NOTHING = 1e-5  # by which a logarithm of likelihoods may be off
 
 
 def is_gaussian(mechanism: AnyMechanism) -> bool:
-    """Whether the Gaussian trade-off curve is the mechanism's own: noise of one source and no sampling.
+    """Whether the Gaussian trade-off curve is the mechanism's own but for a factor below 1 + 1e-5; not under sampling.
 
-    n releases of z are one Gaussian of mu = sqrt(n) / z. Rounding that to a grid is post-processing, and the discrete
-    Gaussian on a grid of sigma / 2^24 differs from the rounded one by a factor below 1 + 1e-5 (``shared/noise.py``).
-    A sampled step has another curve, and noise in shares is coarser: for both the bound would be no proof.
+    n releases of z are one Gaussian of mu = sqrt(n) / z, and rounding that to a grid is post-processing. A discrete
+    Gaussian of s steps differs from the rounded one, within t standard deviations, by a logarithm of at most
+    (t^2 + 1) / 24 s^2 a number (``shared/noise.py``): nothing on a grid of sigma / 2^24. A sum of shares differs from
+    one discrete Gaussian by half of tau a number (``shared/zcdp.py``), which with fine shares is nothing either.
     """
-    return isinstance(mechanism, Mechanism) and mechanism.sampling_rate == 1
+    if isinstance(mechanism, Mechanism):
+        return mechanism.sampling_rate == 1
+    per_number = (_FAR**2 + 1) / (24 * mechanism.shares * mechanism.share_sigma**2)
+    per_number += tau_of(mechanism.shares, mechanism.share_sigma)
+    return mechanism.coordinates * mechanism.releases * per_number <= _NOTHING
 
 
 def gdp_one_run_bound(*, canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95) -> float:

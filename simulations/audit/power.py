@@ -134,7 +134,7 @@ def find_faults(
     """
     if bound == "gaussian" and not is_gaussian(mechanism):
         raise PrivacyError(
-            "the gaussian bound needs noise of one source and a sampling rate of 1, "
+            "the gaussian bound needs noise that is nearly Gaussian and a sampling rate of 1, "
             f"got {type(mechanism).__name__} at {_rate(mechanism)}; take the one-run bound."
         )
     if not trials >= 1:
