@@ -1,11 +1,22 @@
 """L0 of an audit: it passes the real code, finds each fault by the check meant for it, and says when it is weak."""
 
+import importlib
+
 import numpy as np
 import pytest
+import torch
 
 from shared.noise import SecureRandomness
 from simulations.audit import record_play
-from simulations.audit.assumptions import Replay, Tape, are_independent, coins_decide, draws_as_priced, priced_as_stated
+from simulations.audit.assumptions import (
+    Replay,
+    Tape,
+    are_independent,
+    coins_decide,
+    draws_as_priced,
+    noise_as_asked,
+    priced_as_stated,
+)
 from simulations.audit.mutants import mutant
 from simulations.audit.neighbours import Row
 from simulations.audit.record_play import RecordStand
@@ -95,7 +106,7 @@ def test_a_check_that_misses_a_fault_gives_no_result(make, monkeypatch):
 
 
 def test_without_anything_too_long_there_is_no_result(make, monkeypatch, without_mutants):
-    monkeypatch.setattr(Row, "loud", lambda row: Row(row.hidden * 0, 3.0))  # a gradient of nearly nothing
+    monkeypatch.setattr(Row, "loud", lambda row, share=1.0: Row(row.hidden * 0, 3.0))  # a gradient of nearly nothing
     result = record_play.audit(make(*LINEAR), seed=0)
     assert result.passed is None
     assert not result.control_detected
@@ -172,3 +183,79 @@ def test_a_coin_that_was_not_heeded_is_seen(make):
     assert played(lambda rows: rows)
     assert not played(lambda rows: rows[1:])
     assert not played(lambda rows: np.repeat(rows, 2))
+
+
+def without_clip_near_the_bound(real):
+    """Records of 1 to 2 bounds pass as they are."""
+
+    def spares(per_sample, *, clip_norm, grid):
+        norms = torch.stack([x.flatten(1).norm(dim=1) for x in per_sample]).norm(dim=0)
+        near = (norms > clip_norm) & (norms <= 2 * clip_norm)
+        usual, loose = (
+            real([x[rows] for x in per_sample], clip_norm=bound, grid=grid)
+            for rows, bound in ((~near, clip_norm), (near, 2.1 * clip_norm))
+        )
+        return [one + other for one, other in zip(usual, loose, strict=True)]
+
+    return spares
+
+
+def less_noise_from_the_second_step_on(real):
+    """A third of it."""
+
+    class Tired(real):
+        def step(self, closure=None):
+            super().step(closure)
+            if not isinstance(self._randomness, Third):
+                self._randomness = Third(self._randomness)
+
+    return Tired
+
+
+class Third:
+    def __init__(self, randomness):
+        self._randomness = randomness
+
+    def gaussian_integers(self, count):
+        return self._randomness.gaussian_integers(count) // 3
+
+
+def a_bit_that_tells(real):
+    """The lowest bit of what is sent says whether the number of records is even."""
+
+    def tells(module, start, features, targets, **rest):
+        update = real(module, start, features, targets, **rest)
+        name = next(iter(update))
+        update[name].view(np.uint32).ravel()[0] ^= len(targets) % 2
+        return update
+
+    return tells
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "settings", "check"),
+    [
+        ("client.optimizer.clipped_sum", without_clip_near_the_bound, (), "bound"),
+        ("client.optimizer.PolicyOptimizer", less_noise_from_the_second_step_on, ("training.steps=3",), "noise"),
+        ("client.app.train_shared", a_bit_that_tells, (), "nan"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_subtler_faults_are_found(make, without_mutants, monkeypatch, place, fault, settings, check):
+    module, name = place.rsplit(".", 1)
+    subject = make(*LINEAR, *settings)
+    monkeypatch.setattr(place, fault(getattr(importlib.import_module(module), name)))
+    result = record_play.audit(subject, seed=0)
+    assert result.passed is False
+    assert not result.facts["checks"][check]
+
+
+def test_noise_of_another_size_or_the_same_for_everybody_is_found(monkeypatch):
+    assert noise_as_asked(24)
+    assert noise_as_asked(16)
+    monkeypatch.setattr("os.urandom", lambda count: bytes(count))
+    assert not noise_as_asked(24)  # two devices draw the same
+    monkeypatch.undo()
+    real = SecureRandomness.gaussian_integers
+    monkeypatch.setattr(SecureRandomness, "gaussian_integers", lambda *a, **k: (real(*a, **k) * 0.97).astype(np.int64))
+    assert not noise_as_asked(24)

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -15,12 +16,14 @@ from shared.audits import ROOMS
 from shared.campaign import Campaign, certify
 from shared.errors import PrivacyError, SottovoceError
 from shared.features import Features
-from shared.noise import GRID_SIGMA, Randomness
+from shared.noise import GRID_SIGMA, Randomness, SecureRandomness
 from shared.policy import Policy, grid_of
 from shared.promise import check_price
 
 _LOG2_SIGMA = GRID_SIGMA.bit_length() - 1
+_NOISE = 2**17  # draws that are looked at for their size, which shows 2 % less
 _FALSE_ALARM = 5.0  # standard deviations
+_ROOMS = tuple(str(FilePath(__file__).parents[2] / room) for room in ROOMS)
 
 
 class Event(NamedTuple):
@@ -92,7 +95,7 @@ class Tape:
 
     def noise(self, round_number: int) -> np.ndarray:
         """The sum of all noise of a round, as it was drawn."""
-        drawn: np.ndarray = np.sum([e.values for e in self.rounds[round_number] if e.kind == "noise"], axis=0)
+        drawn: np.ndarray = np.sum([e.values for e in self.rounds.get(round_number, []) if e.kind == "noise"], axis=0)
         return drawn
 
     def entered(self, records: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +106,7 @@ class Tape:
             if event.kind == "rows":
                 np.add.at(rows, event.values, 1)
             elif event.kind == "coins":
-                coins = event.values.astype(np.int64)
+                coins = event.values.astype(np.int64) if event.values.shape == rows.shape else np.full_like(rows, -1)
             else:
                 steps.append((rows, coins))
                 rows, coins = np.zeros_like(rows), np.ones(records, dtype=np.int64)
@@ -170,7 +173,7 @@ class Path:
         code = frame.f_code
         if code not in self._names:
             place = code.co_filename
-            ours = any(f"/{room}/" in place for room in ROOMS)
+            ours = place.startswith(_ROOMS)
             self._names[code] = f"{place}:{code.co_qualname}" if ours else None
         if name := self._names[code]:
             self._now.add(name)
@@ -205,8 +208,8 @@ def coins_decide(tape: Tape, records: int) -> bool:
 def are_independent(entered: np.ndarray, rate: float) -> bool:
     """Whether (steps, records) zeros and ones look like independent coins of one probability.
 
-    Marginals, batch sizes (those of fixed size do not vary), pairs in a step, and steps in turn; each may be five
-    standard deviations from what coins give, so that a false alarm takes a million audits or so.
+    The rate of all, marginals, batch sizes (those of fixed size do not vary), pairs in a step, and steps in turn; each
+    may be five standard deviations from what coins give, so that a false alarm takes a million audits or so.
     """
     steps, count = entered.shape
     if not (entered.min() >= 0 and entered.max() <= 1 and (entered.min(0) < entered.max(0)).all()):
@@ -215,10 +218,20 @@ def are_independent(entered: np.ndarray, rate: float) -> bool:
     pairs = np.corrcoef(entered.T)[np.triu_indices(count, 1)]
     in_turn = np.corrcoef(entered[:-1].ravel(), entered[1:].ravel())[0, 1]
     return bool(
-        abs(entered.mean(0) - rate).max() < _FALSE_ALARM * spread / math.sqrt(steps)
+        abs(entered.mean() - rate) < _FALSE_ALARM * spread / math.sqrt(entered.size)
+        and abs(entered.mean(0) - rate).max() < _FALSE_ALARM * spread / math.sqrt(steps)
         and abs(entered.sum(1).var() / (count * spread**2) - 1) < _FALSE_ALARM * math.sqrt(2 / steps)
         and abs(pairs).max() < 1.1 * _FALSE_ALARM / math.sqrt(steps)
         and abs(in_turn) < _FALSE_ALARM / math.sqrt(entered.size)
+    )
+
+
+def noise_as_asked(log2_sigma: int) -> bool:
+    """Whether the operating system's noise has the size asked for, and is another in every round and device."""
+    one, other = (SecureRandomness().gaussian_integers(_NOISE, log2_sigma=log2_sigma) / 2**log2_sigma for _ in range(2))
+    limit = _FALSE_ALARM * math.sqrt(2 / _NOISE)
+    return bool(
+        abs((one**2).mean() - 1) < limit and abs((other**2).mean() - 1) < limit and abs((one * other).mean()) < limit
     )
 
 
@@ -238,12 +251,19 @@ def priced_as_stated(campaign: Campaign, *, devices: int) -> dict[str, bool]:
     constants = mechanism.noise_multiplier == policy.noise_multiplier and mechanism.coordinates == policy.size
     if isinstance(mechanism, DistributedMechanism):
         terms = policy.secure_sum
+        wanted = campaign.scenario.privacy
         constants = constants and terms is not None and mechanism.shares == terms.min_survivors - terms.colluders
+        stated = (
+            math.ceil(wanted.survivors * policy.cohort_size - 1e-9),
+            math.floor(wanted.colluders * policy.cohort_size + 1e-9),
+        )
+        constants = constants and terms is not None and (terms.min_survivors, terms.colluders) == stated
     else:
         constants = constants and (mechanism.sampling_rate, mechanism.steps) == (policy.sampling_rate, steps)
     asked = -(-policy.rounds * policy.cohort_size // devices)
     return {
         "price": not _refused(lambda: certify(campaign)),
+        "size of noise": noise_as_asked(policy.secure_sum.share_log2_sigma if policy.secure_sum else _LOG2_SIGMA),
         "constants": constants and policy.grid == grid_of(policy),
         "participations": asked <= mechanism.max_participations == policy.max_participations,
         "amplification": policy.unit == "record"

@@ -17,6 +17,7 @@ __all__ = ["AUDIT_EPSILON", "MUTANTS", "attack", "audit", "open_stand"]
 
 AUDIT_EPSILON = 2.0  # at which 1,000 canaries tell a quarter of the noise from all of it, with hardly a chance to fail
 MUTANTS = ("no-noise", "quarter-noise", "no-clip")
+AUDIT_DELTA = 1e-5  # at 1e-3 a thousand canaries prove nothing, at 1e-12 the noise is so much that less of it is missed
 _FEW = {"record": 1000, "user": 300}  # canaries for what nobody can miss: no bound, no privacy; each user is a device
 _CONTROL = 3.0  # the bound without privacy must exceed it; 200 right guesses of 200 give 4.2 at a delta of 1e-5
 _CONTROL_SHARE = 0.99
@@ -84,7 +85,7 @@ def _with_fault(name: str, stand: Stand, *, seed: int) -> Attack:
 
 def _open_audited(scenario: Scenario, *, folder: Path, seed: int) -> tuple[Stand, dict[str, Power]]:
     """A campaign at the audit's epsilon: with the scenario's sampling where the attack has power then, else without."""
-    at = {"epsilon": AUDIT_EPSILON}
+    at = {"epsilon": AUDIT_EPSILON, "delta": AUDIT_DELTA}
     stand = open_stand(_with(scenario, at), name="audited", folder=folder)
     power = _power(stand, seed=seed)
     if power["one-run"]["sigma/4"] >= _SURE or scenario.privacy.sampling_rate == 1:

@@ -171,7 +171,7 @@ def _settings(scenario: Scenario, *, name: str, clients: int) -> Scenario:
             "cohort_size": "all",
             "server_optimizer": "momentum",
             "server_momentum": 0.0,
-            "server_learning_rate": 1e-3,
+            "server_learning_rate": 1e-3 / max(1.0, privacy.clip_norm),
             "lora_learning_rate_factor": 1.0,
         },
         "privacy": {

@@ -298,7 +298,8 @@ def _words(
         f"{control['tokens']} tokens.",
         f"At this campaign's promise (epsilon {policy.epsilon:g}, clip norm {policy.clip_norm:g}) {where} gave away "
         f"{real['hits']} of {real['tokens']}; guessing at random gives {real['limit']} at the most.",
-        f"Clipped and not noised it gave away {bare['hits']} of {bare['tokens']}: noise protects here, not clipping.",
+        f"Clipped and not noised it gave away {bare['hits']} of {bare['tokens']}"
+        f"{': noise protects here, not clipping' if bare['hits'] > bare['limit'] else ''}.",
     ]
     if not own["blocks"]:
         words.append("This campaign trains no LoRA: attacked were its base, its data and its promise alone.")

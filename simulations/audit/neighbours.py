@@ -41,10 +41,10 @@ class Row:
     hidden: np.ndarray
     target: Any
 
-    def loud(self) -> "Row":
-        """As far from what the head expects as makes its gradient long."""
+    def loud(self, share: float = 1.0) -> "Row":
+        """As far from what the head expects as makes its gradient long; a rating may be a share of that far."""
         if isinstance(self.target, float):
-            return replace(self, target=_LOUD_TARGET)
+            return replace(self, target=share * _LOUD_TARGET)
         return replace(self, hidden=self.hidden * np.float32(_LOUD_SCALE))
 
     def broken(self) -> "Row":
@@ -177,8 +177,10 @@ def copy_campaign(subject: Subject, scenario: Scenario, **constants: Any) -> Cam
 def bare_campaign(subject: Subject, name: str, *, clients: int) -> Campaign:
     """The same without privacy, for the control."""
     policy = subject.campaign.policy
+    few = few_devices(subject.scenario, name, clients=clients)
+    one_step = few.training.model_copy(update={"steps": 1})  # in many, what is not clipped goes beyond all numbers
     return make_campaign(
-        unprotected(few_devices(subject.scenario, name, clients=clients)),
+        unprotected(few.model_copy(update={"training": one_step})),
         folder=folder_of(subject),
         slots=policy.array_slots(),
         start=subject.campaign.start,

@@ -31,6 +31,7 @@ from simulations.audit.neighbours import (
     bound_for,
     copy_campaign,
     few_devices,
+    flat,
     inputs,
     play_seats,
     real_rows,
@@ -51,6 +52,7 @@ _TITLE = {
     "user": "record-play: the same with a user's contribution and with zero",
 }
 _ALL = ("real", "loud", "nan", "empty", "quiet", "stale")
+_NEAR = {"1.5 times too long": 1.5, "3 times too long": 3.0, "6 times too long": 6.0}  # about: of ratings alone
 _QUICK = ("loud", "empty", "quiet")
 
 
@@ -159,14 +161,16 @@ class RecordStand:
         side = play_seats(bare, seats, start=self._start, seed=seed)
         apart = float(np.linalg.norm(side.vector(0) - side.vector(1)))
         self._loudest = apart * bare.policy.denominator / bare.policy.learning_rate / bare.policy.steps
-        few = few_devices(subject.scenario, "step", clients=len(_ALL))
+        self._kinds = (*_ALL, *(_NEAR if isinstance(extra.target, float) else ()))
+        few = few_devices(subject.scenario, "step", clients=len(self._kinds))
         bound = bound_for(subject, loudest=self._loudest)
         self._step = copy_campaign(subject, few, steps=1, sampling_rate=1.0, clip_norm=bound)
         self._bench, self._other_bench = open_workbench(self._step), open_workbench(self._step)
         self._whole = None
         if policy.steps > 1 or policy.sampling_rate < 1 or policy.max_participations > 1:
             rounds = min(2, policy.max_participations)
-            self._whole = copy_campaign(subject, few_devices(subject.scenario, "whole", clients=2, rounds=rounds))
+            whole = few_devices(subject.scenario, "whole", clients=2, rounds=rounds)
+            self._whole = copy_campaign(subject, whole, clip_norm=bound)
         self._sampled = _sampled(subject)
 
     @property
@@ -181,13 +185,13 @@ class RecordStand:
         with torch.no_grad():  # what something else might have left in the head
             for parameter in shared_parameters(self._other_bench.head).values():
                 parameter.fill_(3.0)
-        found = self._in_one_step(self._rows, _ALL)
+        found = self._in_one_step(self._rows, self._kinds)
         if self._whole:
             seats = [self._pair(kind, self._rows) for kind in ("real", "empty")]
             sides = [
                 play_seats(self._whole, side, start=self._start, seed=self._seed) for side in zip(*seats, strict=True)
             ]
-            found |= Findings(_as_priced(self._whole, seats, sides))
+            found |= Findings(_as_priced(self._whole, seats, sides)) | self._in_all_steps(self._whole)
         return found | self._sampler()
 
     def quick(self, fault: str) -> Findings:
@@ -210,6 +214,8 @@ class RecordStand:
         *own, extra = rows
         bench = self._bench
         fewer = Seat(own, bench)
+        if kind in _NEAR:
+            return fewer, Seat([*own, extra.loud(_NEAR[kind] * self.bound / max(self._loudest, self.bound))], bench)
         return {
             "real": (fewer, Seat(rows, bench)),
             "loud": (fewer, Seat([*own, extra.loud()], bench)),
@@ -223,7 +229,7 @@ class RecordStand:
         """Both plays of one step, compared in every way."""
         pairs = [self._pair(kind, rows) for kind in kinds]
         nobody = Seat([], self._bench)
-        pairs += [(nobody, nobody)] * (len(_ALL) - len(kinds))
+        pairs += [(nobody, nobody)] * (len(self._kinds) - len(kinds))
         one, other = (
             play_seats(self._step, side, start=self._start, seed=self._seed) for side in zip(*pairs, strict=True)
         )
@@ -233,9 +239,28 @@ class RecordStand:
         checks["bound"] = max(moved.values()) <= 1 + _ROUNDING + self._rounding()
         checks["noise"] = self._is_noise(*vectors["quiet"], one.tapes[kinds.index("quiet")])
         if "nan" in moved:
-            checks["nan"] = moved["nan"] <= _ROUNDING + self._rounding()
+            checks["nan"] = bool(np.array_equal(*vectors["nan"]))
             checks["stale"] = bool(np.array_equal(*vectors["stale"]))
         return Findings(checks, moved)
+
+    def _in_all_steps(self, campaign: Campaign) -> Findings:
+        """What a device without records sends is its noise, every step's; one record adds no more than C to each."""
+        policy = campaign.policy
+        nobody, loud = Seat([], self._bench), Seat([self._rows[-1].loud()], self._bench)
+        one, other = (
+            play_seats(campaign, seats, start=self._start, seed=self._seed)
+            for seats in ((nobody, nobody), (nobody, loud))
+        )
+        checks, moved = {"noise": True, "bound": True}, 0.0
+        for number in range(1, policy.rounds + 1):
+            quiet = {name: np.zeros_like(array) for name, array in self._start.items()}
+            checks["noise"] &= self._is_noise(
+                flat(one.played.update(number, 1)), flat(quiet), one.tapes[1], number=number, steps=policy.steps
+            )
+            apart = self._distance(*(flat(side.played.update(number, 1)) for side in (one, other))) / policy.steps
+            moved = max(moved, apart)
+        checks["bound"] = moved <= 1 + _ROUNDING + self._rounding()
+        return Findings(checks, {"loud in all steps": moved})
 
     def _scale(self) -> float:
         """From an update of one step to clip norms."""
@@ -250,12 +275,12 @@ class RecordStand:
         largest = max(float(np.abs(array).max()) for array in self._start.values())
         return float(2 * np.finfo(np.float32).eps * largest * np.sqrt(self._step.policy.size) * self._scale())
 
-    def _is_noise(self, noised: np.ndarray, bare: np.ndarray, tape: Tape) -> bool:
+    def _is_noise(self, noised: np.ndarray, bare: np.ndarray, tape: Tape, *, number: int = 1, steps: int = 1) -> bool:
         """Whether two updates differ by what was drawn, on the grid that is priced."""
         policy = self._step.policy
-        added = tape.noise(1) * (-policy.learning_rate * (policy.grid or np.nan) / policy.denominator)
+        added = tape.noise(number) * (-policy.learning_rate * (policy.grid or np.nan) / policy.denominator)
         largest = max(float(np.abs(array).max()) for array in (*self._start.values(), noised, bare))
-        return bool(np.abs(noised - bare - added).max() <= 8 * np.finfo(np.float32).eps * largest)
+        return bool(np.abs(noised - bare - added).max() <= 8 * steps * np.finfo(np.float32).eps * largest)
 
     def _sampler(self) -> Findings:
         """Who enters the steps of one device, by the operating system's coins."""

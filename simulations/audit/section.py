@@ -8,8 +8,8 @@ from shared.page import details, items, table
 from simulations.audit.words import power_tables, verdict
 
 _WHAT = {
-    True: "the attack found no more than the claim allows",
-    False: "the attack found more than the claim allows",
+    True: "the attack found no more than it may",
+    False: "the attack found more than it may",
     None: "no result: without its control, or with a fault it should have found and did not, an attack proves nothing",
 }
 

@@ -1,7 +1,7 @@
 """Where an audit's attacks are played: real devices' code, the real server's, and the bytes between them.
 
-A played device is a simulated one (``client/device.py``) whose records and randomness the attack chooses. Everything
-else, from the message that comes in to the bytes that go out, is what runs on an owner's device.
+A played device is a simulated one (``client/device.py``) whose records and randomness the attack chooses. From the
+message that comes in to the bytes that go out it runs what an owner's device runs, but for ledger, store and masks.
 """
 
 import logging
@@ -177,7 +177,7 @@ def play(
     if start is not None:
         first = replace(first, arrays=start)
     played.arrays.append(dict(first.arrays))
-    with tempfile.TemporaryDirectory() as folder, _listening(played.log):
+    with tempfile.TemporaryDirectory() as folder, _listening(played.log), _broken_off(campaign):
         run_rounds(
             grid,
             replace(campaign, folder=Path(folder)),  # its own checkpoints, if it has any, are not touched
@@ -188,6 +188,19 @@ def play(
             on_round=lambda checkpoint: played.arrays.append(dict(checkpoint.arrays)),
         )
     return played
+
+
+@contextmanager
+def _broken_off(campaign: Campaign) -> Iterator[None]:
+    """Say of a play what a simulation says of a run."""
+    try:
+        yield
+    except CampaignError as error:
+        what = next((part for part in str(error).split("; ") if "did not (" in part), str(error))  # no word on --resume
+        raise CampaignError(
+            f"an attack's play of {campaign.scenario.name!r} must run to its end, it broke off: {what}. The subject's "
+            "settings leave no room for this attack, or its code is at fault."
+        ) from None
 
 
 def _answer(message: Message, context: Context, parts: Sequence[Part]) -> Message:

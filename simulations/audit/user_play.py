@@ -58,6 +58,11 @@ class UserStand:
         bound = bound_for(subject, loudest=self._loudest)
         noise = _shared_noise(few, subject.campaign.policy)
         self._campaign = copy_campaign(subject, few, clip_norm=bound, **noise)
+        rounds = min(2, subject.campaign.policy.max_participations)
+        later = few.model_copy(
+            update={"name": "l0-rounds", "federation": few.federation.model_copy(update={"rounds": rounds})}
+        )
+        self._rounds = copy_campaign(subject, later, clip_norm=bound, **noise)
         self._bench = open_workbench(self._campaign)
 
     @property
@@ -67,7 +72,31 @@ class UserStand:
 
     def real(self) -> Findings:
         """With whole records, in every way."""
-        return self._look(self._users, _ALL)
+        return self._look(self._users, _ALL) | self._noise_alone()
+
+    def _noise_alone(self) -> Findings:
+        """Where nobody has a record, every round shows its noise and nothing else."""
+        policy, seats = self._rounds.policy, [Seat([], self._bench)] * _USERS
+        side = play_seats(self._rounds, seats, start=self._start, seed=self._seed)
+        held = []
+        for number in range(1, policy.rounds + 1):
+            if policy.secure_sum:
+                held += [
+                    np.array_equal(
+                        flat(side.played.update(number, seat)).astype(np.uint32),
+                        side.tapes[seat].noise(number).astype(np.uint32),
+                    )
+                    for seat in range(_USERS)
+                ]
+            else:
+                before, after = (flat(arrays) for arrays in side.played.arrays[number - 1 : number + 1])
+                error = (after - before) * (_USERS / _RATE) - side.tapes[SERVER].noise(number) * (policy.grid or np.nan)
+                held.append(bool(np.linalg.norm(error) <= self._rounding() * (policy.clip_norm or np.nan)))
+        draws = [
+            draws_as_priced(tape, policy, rounds=policy.rounds, server=place == SERVER)
+            for place, tape in side.tapes.items()
+        ]
+        return Findings({"noise": all(held), "draws": all(draws)})
 
     def quick(self, fault: str) -> Findings:
         """With records of a few tokens."""
