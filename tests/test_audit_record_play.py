@@ -1,12 +1,14 @@
 """L0 of an audit: it passes the real code, finds each fault by the check meant for it, and says when it is weak."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from shared.noise import SecureRandomness
+from shared.policy import grid_of
 from simulations.audit import record_play
 from simulations.audit.assumptions import (
     Replay,
@@ -259,3 +261,13 @@ def test_noise_of_another_size_or_the_same_for_everybody_is_found(monkeypatch):
     real = SecureRandomness.gaussian_integers
     monkeypatch.setattr(SecureRandomness, "gaussian_integers", lambda *a, **k: (real(*a, **k) * 0.97).astype(np.int64))
     assert not noise_as_asked(24)
+
+
+def test_colluders_and_survivors_are_those_of_the_settings(make):
+    campaign = make(*CASES["distributed"], "privacy.colluders=0.25", "privacy.survivors=0.75").campaign
+    assert priced_as_stated(campaign, devices=12)["constants"]
+    terms = campaign.policy.secure_sum
+    for change in ({"colluders": 0}, {"min_survivors": terms.min_survivors + 1}):
+        policy = campaign.policy.model_copy(update={"secure_sum": terms.model_copy(update=change)})
+        policy = policy.model_copy(update={"grid": grid_of(policy)})
+        assert not priced_as_stated(replace(campaign, policy=policy), devices=12)["constants"]
