@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -35,7 +37,7 @@ class LevelResult(_Part):
         mutants_caught: Faults, put in on purpose, that the attack found.
         mutants_missed: Faults it should have found and did not.
         seconds: Wall time.
-        facts: Every number behind the words.
+        facts: Every number that was seen, also where that is no result.
         words: What it means, in plain sentences.
     """
 
@@ -55,6 +57,10 @@ class LevelResult(_Part):
     def _no_result_without_its_control(self) -> Self:
         if self.passed is not None and (not self.control_detected or self.mutants_missed):
             raise ValueError("passed must be null where the control was not detected or a mutant was missed")
+        if self.passed is None and self.epsilon_lower is not None:
+            raise ValueError("epsilon_lower must be null where passed is")
+        if self.passed and (self.epsilon_lower or 0) > (self.epsilon_audited or math.inf):
+            raise ValueError("passed must be false where epsilon_lower exceeds epsilon_audited")
         return self
 
 
@@ -89,6 +95,7 @@ class Audit(_Part):
         policy_sha256: The campaign that was audited.
         settings_sha256: Its settings, without what may differ between machines.
         epsilon_claimed: What its policy states.
+        after_round: Round whose shared arrays L0 began from; 0 is the public start.
         code_sha256: Of the code that was attacked, see ``hash_code``.
         passed: Whether every level passed.
         power: Bound of L1 -> which faults it finds at which epsilon.
@@ -105,6 +112,7 @@ class Audit(_Part):
     level: Literal["quick", "full"]
     passed: bool
     seed: int
+    after_round: int
     created: str
     seconds: FiniteFloat
     versions: dict[str, str]
@@ -151,6 +159,49 @@ def hash_code() -> str:
     return digest.hexdigest()
 
 
-def no_result(caught: Mapping[str, bool], *, control_detected: bool) -> bool:
-    """Whether a level can say nothing: its control was not detected, or a mutant was missed."""
-    return not control_detected or not all(caught.values())
+def conclude(
+    *,
+    title: str,
+    held: bool,
+    control_detected: bool,
+    caught: Mapping[str, bool],
+    required: Collection[str] | None = None,
+    started: float,
+    facts: dict[str, Any],
+    words: tuple[str, ...],
+    epsilon_lower: float | None = None,
+    epsilon_audited: float | None = None,
+    power: bool | None = None,
+) -> LevelResult:
+    """What a level may say: nothing of what it found where its control was not detected or a mutant was missed.
+
+    Args:
+        title: See ``LevelResult``.
+        held: Whether the attack on the real code found no more than it may.
+        control_detected: See ``LevelResult``.
+        caught: Mutant -> whether the attack found it.
+        required: Mutants it must find; by default all of them.
+        started: When the level began, by ``time.perf_counter``.
+        facts: See ``LevelResult``.
+        words: What it means if there is a result.
+        epsilon_lower: See ``LevelResult``.
+        epsilon_audited: See ``LevelResult``.
+        power: See ``LevelResult``.
+    """
+    missed = tuple(name for name, found in caught.items() if not found and (required is None or name in required))
+    stands = control_detected and not missed
+    why = [] if control_detected else ["the same attack without privacy was not detected"]
+    why += [f"faults put in on purpose were missed: {', '.join(missed)}"] if missed else []
+    return LevelResult(
+        title=title,
+        passed=held if stands else None,
+        epsilon_lower=epsilon_lower if stands else None,
+        epsilon_audited=epsilon_audited,
+        power=power,
+        control_detected=control_detected,
+        mutants_caught=tuple(name for name, found in caught.items() if found),
+        mutants_missed=missed,
+        seconds=time.perf_counter() - started,
+        facts=facts,
+        words=words if stands else (f"No result: {'; '.join(why)}.",),
+    )

@@ -16,14 +16,16 @@ from shared import card_sections as sections
 from shared import card_words as words
 from shared.card_cells import Cell, check_cells, computed, quoted
 from shared.card_page import render
-from shared.card_sources import LEDGER, MADE, POLICY, SERVER, Sources, read_folder, write_folder
+from shared.card_sources import LEDGER, MADE, POLICY, SCENARIO, SERVER, SUMMARY, Sources, read_folder, write_folder
 from shared.compatible import check_compatible, choices
+from shared.config import Scenario
 from shared.errors import DataError, PrivacyError
-from shared.policy import Policy, read_policy
+from shared.policy import Policy, hash_settings, read_policy
 from shared.promise import check_price
 from shared.signing import SIGNATURE_FILE
 
 SCHEMA = 1
+_TOLD = {"device": [LEDGER], "server": [SERVER]}  # place -> what only it knows
 
 
 def build_card(sources: Sources) -> dict[str, Any]:
@@ -135,6 +137,12 @@ def _check(policy: Policy, sources: Sources, *, experiment: bool) -> None:
     for name in (LEDGER, SERVER):
         if name in sources and sources.at(f"{name}#/policy") != policy.sha256:
             raise DataError(f"{name} must be of the policy beside it, it is of another; make the card again.")
+    if hash_settings(Scenario.model_validate_json(sources.files[SCENARIO])) != policy.settings_sha256:
+        raise DataError(f"{SCENARIO} must hold the settings the policy names; it was altered.")
+    if SUMMARY in sources and sources.at(f"{SUMMARY}#/privacy/policy_sha256") != policy.sha256:
+        raise DataError(f"{SUMMARY} must be of the campaign beside it, it is of another; make the card again.")
+    if [name for name in (LEDGER, SERVER) if name in sources] != _TOLD.get(sources.at(f"{MADE}#/place"), []):
+        raise DataError(f"{MADE} must name the place where the other sources are from; make the card again.")
     if LEDGER in sources:
         _check_ledger(sources, policy)
 
@@ -147,6 +155,7 @@ def _check_ledger(sources: Sources, policy: Policy) -> None:
     fits = (
         agreed == [policy.epsilon, policy.delta, policy.max_participations]
         and sources.at(f"{LEDGER}#/operator") == operator
+        and 0 <= rounds["spent"] <= policy.max_participations
         and rounds["spent"] == sum(rounds[name] for name in ("released", "burnt", "pending", "lost"))
         and rounds["released"] == len(releases)
     )
@@ -181,6 +190,9 @@ def _audit(sources: Sources, name: str) -> dict[str, Any]:
     of = computed(sources, "audit.of", f"{name}#", f"{POLICY}#", f"{MADE}#/code_sha256")
     found: dict[str, Any] = {"file": name, "of": of} | {field: quoted(sources, f"{name}#/{field}") for field in fields}
     ours = of["value"] == "this campaign"
+    claimed = {"epsilon_claimed": "epsilon", "delta": "delta", "unit": "unit", "trust": "trust"}
+    if ours and any(sources.at(f"{name}#/{its}") != sources.at(f"{POLICY}#/{own}") for its, own in claimed.items()):
+        raise DataError(f"{name} must claim what its policy claims; it was altered. Audit again: sottovoce audit.")
     found["levels"] = [_level(sources, name, key) for key in sources.at(f"{name}#/levels")] if ours else []
     found["power"] = quoted(sources, f"{name}#/power") if ours else None
     return found
@@ -215,8 +227,8 @@ def _verdict(audits: list[dict[str, Any]]) -> str:
     if not levels:
         other = "; those that were given are of another policy or other code" if audits else ""
         return f"Nobody attacked this campaign and this code, as far as this card knows{other}."
-    said = [f"FAILED: an attack found more than is claimed ({named('FAILED')})."] if named("FAILED") else []
-    said += [f"Attacked, and held: {named('held')}."] if named("held") else []
+    said = [f"FAILED: an attack found more than it may ({named('FAILED')})."] if named("FAILED") else []
+    said += [f"Attacked, and held: {named('held')}. That is no proof: see the audits below."] if named("held") else []
     weak = ", ".join(dict.fromkeys(each["level"] for each in levels if each["power"]["value"] is False))
     said += [f"NO POWER at the epsilon claimed: {weak}."] if weak else []
     said += [f"No result: {named('no result')}."] if named("no result") else []

@@ -24,7 +24,8 @@ _STYLE = """
 .tag.good { color: var(--c2); }
 .num { font-weight: 600; }
 .from, .from code { color: var(--dim); font-size: .8rem; }
-table.cells { table-layout: fixed; } table.cells thead th:first-child { width: 34%; }
+table.cells { table-layout: fixed; } table.cells thead th { white-space: normal; }
+table.cells thead th:first-child { width: 34%; }
 table.cells td > div { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1.5rem; }
 table.cells td > div > span { max-width: 100%; overflow-wrap: anywhere; } table.cells .from { margin-left: auto; }
 table.gaps thead th:first-child { width: 34%; }

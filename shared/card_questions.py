@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 NIST = (
     "NIST Special Publication 800-226, Guidelines for Evaluating Differential Privacy Guarantees (March 2025, "
     "doi.org/10.6028/NIST.SP.800-226), has a claim examined from its epsilon down to how data are collected. The "
-    "questions below are in our words and cite the document as a whole."
+    "questions below follow its topics in our own words and order; they quote no section of it."
 )
 
 # Topic -> question, and answers with the cases in which each is said; "" is always. {name} stands for a cell.
@@ -151,7 +151,7 @@ QUESTIONS: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "utility": (
         "How good is the result at this price?",
         (
-            ("experiment", "The scores are above."),
+            ("experiment", "The scores are above, where a run has any."),
             ("server", "Scores on the operator's hold-out are above, where there is one; devices send none."),
             (
                 "device campaign",
@@ -164,7 +164,7 @@ QUESTIONS: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         "Who is served worse?",
         (
             ("", "Clipping and noise cost those most who differ from the rest, or have few records. "),
-            ("experiment", "The score of the worst tenth of users is above."),
+            ("experiment", "The score of the worst tenth of users is above, where a run has one."),
             ("device server campaign", "A simulation reports the worst tenth of users; a deployment cannot see it."),
         ),
     ),

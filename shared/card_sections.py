@@ -101,9 +101,10 @@ def spent_of(sources: Sources, place: str, *, private: bool) -> Section:
     most = {"epsilon_at_most": price(sources, limit)} if private else {}
     if place == "device":
         used = f"{LEDGER}#/rounds/spent"
+        at_work = sources.at(f"{LEDGER}#/state") in ("in force", "paused", "exhausted")
         return {
             **{name: quoted(sources, f"{LEDGER}#/{path}") for name, path in _FROM_LEDGER.items()},
-            "rounds_left": computed(sources, "difference", limit, used),
+            **({"rounds_left": computed(sources, "difference", limit, used)} if at_work else {}),
             "epsilon_spent": price(sources, used),
             **most,
             "bytes_sent": computed(sources, "total.size_bytes", f"{LEDGER}#/releases"),

@@ -173,6 +173,8 @@ def read_folder(folder: Path) -> tuple[Any, str, Sources]:
         raise DataError(f"{folder} must hold a privacy card and its sources: {error}.") from None
     if SIGNATURE_FILE in files:
         _check_signature(folder / FOLDER)
+    for path in sorted((folder / FOLDER).glob("audit*")):
+        read_audit(path)
     return card, page, Sources(files)
 
 

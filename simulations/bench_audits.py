@@ -19,7 +19,7 @@ from shared.errors import SottovoceError
 from shared.mechanisms import AnyMechanism, DistributedMechanism, Mechanism
 from shared.metrics import Interval
 from shared.progress import progress
-from simulations.audit.bounds import Coins, Scores, auc, count_correct, one_run_bound, threshold_bound, tpr_at_fpr
+from simulations.audit.bounds import Coins, Scores, auc, count_correct, one_run_bound, tpr_at_fpr
 from simulations.audit.gaussian import gdp_one_run_bound
 from simulations.audit.power import CANARIES, EPSILONS, GUESSES, Bound, noise_for, power_table
 from simulations.bench_about import about, goal, goal_lines
@@ -102,20 +102,10 @@ def _bounds() -> dict[str, Callable[[np.random.Generator], bool]]:
 
         return run
 
-    def threshold(draw: Draw) -> Callable[[np.random.Generator], bool]:
-        def run(generator: np.random.Generator) -> bool:
-            coins = generator.random(CANARIES) < 0.5
-            scores = draw(coins, generator)
-            return threshold_bound(scores[coins], scores[~coins], delta=DELTA) > EPSILON
-
-        return run
-
     return {
         "one-run, gaussian noise": one_run(gaussian, one_run_bound, GUESSES["one-run"]),
         "one-run, randomised response": one_run(response, one_run_bound, GUESSES["one-run"]),
         "gaussian, gaussian noise": one_run(gaussian, gdp_one_run_bound, GUESSES["gaussian"]),
-        "threshold, gaussian noise": threshold(gaussian),
-        "threshold, randomised response": threshold(response),
     }
 
 

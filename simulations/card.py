@@ -7,6 +7,7 @@ from pathlib import Path
 from shared.audits import FILE
 from shared.card_sources import POLICY, SUMMARY, Place, Sources, campaign_files, gather
 from shared.errors import DataError, PrivacyError
+from shared.policy import read_policy
 from shared.signing import policy_sha256 as hash_policy
 from simulations.results import read_run
 
@@ -44,7 +45,8 @@ def folder_sources(
     policy = read_run(folder).summary.privacy.model_extra or {}
     files = campaign_files(_campaign(folder, campaign, policy.get("policy_sha256")), experiment=True)[1]
     own = [folder / FILE] if (folder / FILE).is_file() else []
-    files[SUMMARY] = (folder / SUMMARY).read_bytes()
+    if not campaign or read_policy(files[POLICY].decode()).sha256 == policy.get("policy_sha256"):
+        files[SUMMARY] = (folder / SUMMARY).read_bytes()  # scores and counts are of no other campaign of the run
     return gather(files, place="experiment", audits=[*own, *audits], created=created)
 
 

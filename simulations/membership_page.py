@@ -70,18 +70,18 @@ def verdict(who: str, on: AttackOn) -> str:
         return f"{seen} What it finds with privacy ({_aucs(on, 'private')}) is therefore no evidence of privacy."
     if "private" not in on.attacked:
         return f"This run has no privacy, and the attack finds {who}: {_aucs(on, 'unprotected')}."
+    scores = [(on.attacked["private"][attack].auc, on.attacked["unprotected"][attack].auc) for attack in control]
+    weak = all(mine.high >= theirs.low for mine, theirs in scores)
+    overlap = " The intervals overlap: the attack is too weak to show what privacy changes." if weak else ""
     if private:
         return (
             f"The attack finds {who} in spite of the noise: {_aucs(on, 'private')}; "
-            f"without privacy {_aucs(on, 'unprotected')}. ε limits what an attack may find; it does not promise that "
-            "it finds nothing."
+            f"without privacy {_aucs(on, 'unprotected')}.{overlap} ε limits what an attack may find; it does not "
+            "promise that it finds nothing."
         )
     seen = f"Without privacy the attack finds {who} ({_aucs(on, 'unprotected')}); with privacy it tells them from "
     seen += f"others no better than a coin would ({_aucs(on, 'private')})."
-    scores = [(on.attacked["private"][attack].auc, on.attacked["unprotected"][attack].auc) for attack in control]
-    if all(mine.high >= theirs.low for mine, theirs in scores):
-        return f"{seen} The intervals overlap: the attack is too weak to show what privacy changes."
-    return f"{seen} That speaks of these attacks; ε speaks of all."
+    return f"{seen}{overlap or ' That speaks of these attacks; ε speaks of all.'}"
 
 
 def _aucs(on: AttackOn, target: str) -> str:

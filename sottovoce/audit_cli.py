@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from shared.errors import ScenarioError
+from shared.files import write_atomically
 
 _EPILOG = """\
 examples:
@@ -67,15 +68,13 @@ def _audit(options: argparse.Namespace) -> int:
     audit = run_audit(
         source, level=options.level, overrides=tuple(options.overrides), seed=options.seed, quiet=options.quiet
     )
-    written = [path for path in (out, place_of(source)) if path]
-    for path in written:
-        path.write_text(audit.to_json(), encoding="utf-8")
-    if place_of(source):
+    print(audit.to_json() if options.json else "\n".join([*lines(audit), ""]), end="", flush=True)
+    for path in filter(None, (place_of(source), out)):  # after the words: no work is lost to a full disk
+        write_atomically(path, audit.to_json().encode())
+        if not options.json:
+            print(f"audit: {path.resolve()}")
+    if (source / "summary.json").is_file():
         from simulations.report import write_report
 
         write_report(source)
-    if options.json:
-        print(audit.to_json(), end="")
-    else:
-        print("\n".join([*lines(audit), *(f"audit: {path.resolve()}" for path in written)]))
     return 0 if audit.passed else 1

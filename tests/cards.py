@@ -44,7 +44,7 @@ def audit(policy: Policy, path: Path, **changes: Any) -> Path:
         "L1": level(
             "canaries in the gradients", epsilon_lower=0.25, words=(NO_POWER, "The bound is 0.25."), power=False
         ),
-        "L5": level("inversion of a change", passed=None, control=False, epsilon_lower=7.5),
+        "L5": level("inversion of a change", passed=None, control=False, words=("No result: its control.",)),
     }
     said = {
         "schema": 1,
@@ -58,6 +58,7 @@ def audit(policy: Policy, path: Path, **changes: Any) -> Path:
         "level": "quick",
         "passed": all(each.passed is True for each in levels.values()),
         "seed": 0,
+        "after_round": 0,
         "created": "2030-05-01T13:00:00+00:00",
         "seconds": 4.5,
         "versions": {"sottovoce": "0"},

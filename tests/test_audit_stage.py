@@ -10,10 +10,11 @@ from pydantic import ValidationError
 import sottovoce.cli
 from client.site import open_workbench
 from shared.adapter import read_shared
-from shared.audits import Audit, LevelResult, hash_code, read_audit
+from shared.audits import Audit, LevelResult, conclude, hash_code, read_audit
 from shared.config import load_scenario
 from shared.errors import CampaignError, DataError, PrivacyError
 from simulations.audit import stage
+from simulations.audit.section import section
 from simulations.audit.words import lines
 
 
@@ -152,6 +153,7 @@ def audit(**changes):
             "level": "quick",
             "passed": True,
             "seed": 0,
+            "after_round": 0,
             "created": "now",
             "seconds": 3.0,
             "versions": {},
@@ -166,7 +168,9 @@ def audit(**changes):
 
 @pytest.mark.parametrize("lacking", [{"control_detected": False}, {"mutants_missed": ("no-noise",)}])
 def test_nothing_is_a_result_without_its_control(lacking):
-    level(passed=None, **lacking)
+    level(passed=None, epsilon_lower=None, **lacking)
+    with pytest.raises(ValidationError, match="epsilon_lower must be null"):
+        level(passed=None, **lacking)
     for claimed in (True, False):
         with pytest.raises(ValidationError, match="must be null"):
             level(passed=claimed, **lacking)
@@ -179,7 +183,7 @@ def test_an_audit_is_read_as_it_was_written_and_says_no_more_than_its_levels(tmp
     assert json.loads(path.read_text())["levels"]["L1"]["passed"] is True
     for wrong in (
         {"passed": False},
-        {"levels": {"L1": level(passed=None, control_detected=False)}},
+        {"levels": {"L1": level(passed=None, epsilon_lower=None, control_detected=False)}},
         {"levels": {}},
         {"epsilon_claimed": float("nan")},
     ):
@@ -194,7 +198,8 @@ def test_an_audit_is_read_as_it_was_written_and_says_no_more_than_its_levels(tmp
 
 def test_the_words_show_no_result_as_none():
     assert "result: every level passed" in lines(audit())
-    text = "\n".join(lines(audit(passed=False, levels={"L1": level(passed=None, mutants_missed=("no-noise",))})))
+    missed = level(passed=None, epsilon_lower=None, mutants_missed=("no-noise",))
+    text = "\n".join(lines(audit(passed=False, levels={"L1": missed})))
     assert all(said in text for said in ("NO RESULT", "faults MISSED: no-noise", "NOT PASSED: L1 NO RESULT"))
     assert "FAILED" in "\n".join(lines(audit(passed=False, levels={"L1": level(passed=False)})))
 
@@ -220,3 +225,52 @@ def test_an_unprotected_twin_has_no_promise(subject):
     assert twin.privacy.trust == "none"
     assert twin.model_copy(update={"privacy": subject.scenario.privacy}) == subject.scenario
     assert load_scenario(subject.campaign.folder / "scenario.json").privacy.trust == "local"
+
+
+def concluded(**changes):
+    found = {
+        "title": "t", "held": True, "control_detected": True, "caught": {"no-noise": True, "no-clip": True},
+        "started": 0.0, "facts": {"seen": 0.72}, "words": ("Epsilon is at least 0.72.",), "epsilon_lower": 0.72,
+        "epsilon_audited": 2.0,
+    }  # fmt: skip
+    return conclude(**(found | changes))
+
+
+def test_a_level_says_nothing_of_what_it_found_without_its_control_or_a_mutant():
+    assert concluded().passed is True
+    assert concluded(held=False, epsilon_lower=2.5).passed is False
+    assert concluded(caught={"no-noise": True, "no-clip": False}, required=("no-noise",)).passed is True
+    for lacking, why in (
+        ({"control_detected": False}, "the same attack without privacy was not detected"),
+        ({"caught": {"no-noise": True, "no-clip": False}}, "missed: no-clip"),
+    ):
+        found = concluded(**lacking)
+        assert (found.passed, found.epsilon_lower) == (None, None)
+        whole = audit(passed=False, levels={"L1": found})
+        shown = "\n".join([*lines(whole), *section(whole, policies=("p",))])
+        assert why in shown
+        assert "0.72" not in shown
+
+
+def test_a_level_that_found_more_than_was_attacked_cannot_have_passed():
+    level(passed=False, epsilon_lower=2.5, epsilon_audited=2.0)
+    with pytest.raises(ValidationError, match="passed must be false"):
+        level(epsilon_lower=2.5, epsilon_audited=2.0)
+
+
+def test_no_surface_says_passed_without_saying_that_it_is_no_proof():
+    assert "proves no epsilon" in lines(audit())[-1]
+    assert any("proves no ε" in part for part in section(audit(), policies=("p",)))
+    assert "L0 at the public start" in lines(audit())[0]
+    assert "L0 at the arrays of round 7" in lines(audit(after_round=7))[0]
+
+
+def test_what_an_audit_found_is_shown_before_it_is_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr("simulations.audit.run.run_audit", lambda *_, **__: audit())
+    assert sottovoce.cli.main(["audit", str(tmp_path), "--out", "/proc/audit.json"]) == 2
+    said = capsys.readouterr()
+    assert "result: every level passed" in said.out
+    assert "could not be read or written" in said.err
+    assert read_audit(tmp_path / "audit.json") == audit()  # an unfinished run keeps its audit; it has no report yet
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

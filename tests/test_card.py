@@ -153,10 +153,37 @@ def test_a_ledger_that_does_not_fit_its_campaign_or_itself_has_no_card(device):
         {"operator": "0000"},
         {"releases": []},
         {"rounds": said["rounds"] | {"spent": 0}},
+        {"rounds": said["rounds"] | {"spent": 3, "released": 3}, "releases": said["releases"] * 3},  # two are the cap
+        {"rounds": said["rounds"] | {"spent": -1, "released": -1}, "releases": []},
         {"consent": said["consent"] | {"max_participations": 9}},
     ):
         with pytest.raises(DataError, match="make the card again"):
             build_card(Sources(dict(device.files) | {"ledger.json": as_json(said | change)}))
+
+
+def test_sources_that_do_not_belong_together_have_no_card_even_made_anew(device, cards, published, tmp_path):
+    def altered(name, **changes):
+        return Sources(dict(device.files) | {name: as_json(json.loads(device.files[name]) | changes)})
+
+    scenario = json.loads(device.files["scenario.json"])
+    scenario["training"]["learning_rate"] *= 2
+    for sources, why in (
+        (altered("audit-1.json", epsilon_claimed=99.0), "must claim what its policy claims"),
+        (altered("audit-1.json", delta=0.5), "must claim what its policy claims"),
+        (altered("audit-1.json", unit="user"), "must claim what its policy claims"),
+        (altered("audit-1.json", trust="central"), "must claim what its policy claims"),
+        (altered("scenario.json", training=scenario["training"]), "must hold the settings the policy names"),
+        (altered("made.json", place="campaign"), "must name the place"),
+        (Sources({k: v for k, v in device.files.items() if k != "ledger.json"}), "must name the place"),
+    ):
+        with pytest.raises(DataError, match=why):
+            build_card(sources)
+    make_card(device, tmp_path / "card")
+    held = json.loads(device.files["audit-1.json"])
+    held["levels"]["L1"] |= {"control_detected": False}
+    (tmp_path / "card" / FOLDER / "audit-1.json").write_bytes(as_json(held))
+    with pytest.raises(DataError, match="audit again"):
+        check_card(tmp_path / "card")
 
 
 def test_the_same_sources_give_the_same_card(device, played, cards, tmp_path):
@@ -186,7 +213,7 @@ def test_an_audit_is_evidence_only_for_its_policy_and_code_and_with_its_control(
     path = cards.audit(published.campaign.policy, tmp_path / "a.json", levels={"L0": failed, "L1": quiet})
     card = build_card(gather({n: device.files[n] for n in ("policy.json", "scenario.json", "policy.sig")},
                              place="campaign", audits=[path]))  # fmt: skip
-    assert card["audit_verdict"].startswith("FAILED: an attack found more than is claimed (L0).")
+    assert card["audit_verdict"].startswith("FAILED: an attack found more than it may (L0).")
     assert "NO POWER at the epsilon claimed: L1." in card["audit_verdict"]
     bare = build_card(gather({n: device.files[n] for n in ("policy.json", "scenario.json", "policy.sig")},
                              place="campaign", audits=[]))  # fmt: skip
@@ -216,7 +243,9 @@ def test_what_is_not_covered_stands_first_for_each_trust(device, hiding_users, c
         assert word in everything
 
 
-def test_a_simulation_has_no_card_unless_it_is_marked(run_folder, cards, published, tmp_path, capsys):
+def test_a_simulation_has_no_card_unless_it_is_marked(
+    run_folder, cards, published, homes, tiny_world, tmp_path, capsys
+):
     for folder in (run_folder, run_folder / "campaigns" / "tiny"):
         with pytest.raises(PrivacyError, match="--experiment"):
             folder_sources(folder, experiment=False)
@@ -244,6 +273,16 @@ def test_a_simulation_has_no_card_unless_it_is_marked(run_folder, cards, publish
     assert "EXPERIMENT: a promise to nobody" in capsys.readouterr().out
     assert main(["card", "--check", str(tmp_path / "out")]) == 0
     assert main(["card", str(run_folder), "--experiment", "--campaign", "other", "--out", str(tmp_path / "out")]) == 2
+    other = homes.publish(tiny_world(tmp_path), tmp_path / "loose", overrides=("privacy.epsilon=20.0",)).campaign
+    shutil.copytree(run_folder, tmp_path / "run")
+    shutil.copytree(other.folder, tmp_path / "run" / "campaigns" / "loose")
+    sources = folder_sources(tmp_path / "run", experiment=True, campaign="loose")
+    foreign = build_card(sources)
+    assert foreign["promise"]["epsilon"]["value"] == 20.0
+    assert not foreign["utility"]  # the scores are of the other campaign
+    assert foreign["stamps"] == []
+    with pytest.raises(DataError, match="must be of the campaign beside it"):
+        build_card(Sources(dict(sources.files) | {"summary.json": (run_folder / "summary.json").read_bytes()}))
 
 
 def test_what_promises_nothing_has_no_card_but_one_that_says_so(tiny_world, homes, tmp_path, cards):
@@ -305,9 +344,12 @@ def test_the_state_of_a_consent_is_told(played, published, homes, cards, hiding_
     shutil.copytree(played.folder, tmp_path / "home")
     home = open_home(tmp_path / "home", clock=homes.clock)
     set_paused(home, True)
-    assert build_card(device_sources(home))["spent"]["state"]["value"] == "paused"
+    spent = build_card(device_sources(home))["spent"]
+    assert (spent["state"]["value"], spent["rounds_left"]["value"]) == ("paused", 1)
     withdraw(home, published.campaign.policy.sha256)
-    assert build_card(device_sources(home))["spent"]["state"]["value"] == "withdrawn"
+    spent = build_card(device_sources(home))["spent"]
+    assert spent["state"]["value"] == "withdrawn"
+    assert "rounds_left" not in spent
     central = hiding_users["central"]
     home = homes.make_home(tmp_path / "central", central)
     assert homes.ask(home, central.campaign)[0] is None

@@ -1,7 +1,6 @@
 """Privacy cards in a real browser: silent, self-contained, readable on a phone, on paper and by keyboard."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -33,18 +32,6 @@ def addresses(published: Any, cards: Any, invented: Any, tmp_path_factory: pytes
     for kind, sources in made.items():
         make_card(sources, folder / kind)
     return {kind: (folder / kind / PAGE).as_uri() for kind in made}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no browser: install chromium or name one in CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -88,18 +87,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory, invented: Any) -> dict[str, 
     comparison = write_comparison(read_runs([first, second, third]), out=folder / "comparison.html")
     found = {"report": write_report(second), "comparison": comparison}
     return {kind: path.as_uri() for kind, path in found.items()}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no browser: install chromium or name one in CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 def wait_until(page: Any, condition: str, argument: Any = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.accounting import DistributedMechanism
 from shared.audits import ROOMS
 from shared.campaign import Campaign, certify
-from shared.errors import PrivacyError, SottovoceError
+from shared.errors import SottovoceError
 from shared.features import Features
 from shared.noise import GRID_SIGMA, Randomness, SecureRandomness
 from shared.policy import Policy, grid_of
@@ -274,8 +274,6 @@ def priced_as_stated(campaign: Campaign, *, devices: int) -> dict[str, bool]:
 def _refused(step: Callable[[], object]) -> bool:
     try:
         step()
-    except PrivacyError:
-        return True
     except SottovoceError:
         return True
     return False

@@ -126,87 +126,6 @@ def count_correct_each(scores: Scores, inside: Coins, *, guesses: int) -> npt.ND
     return np.asarray(right, dtype=np.int64)
 
 
-def clopper_pearson(hits: int, trials: int, *, confidence: float = 0.95) -> Interval:
-    """A proportion with its exact two-sided interval; each end alone holds with probability (1 + ``confidence``) / 2.
-
-    Raises:
-        PrivacyError: More hits than trials, no trial, or an impossible confidence.
-    """
-    if not (trials >= 1 and 0 <= hits <= trials):
-        raise PrivacyError(f"hits must be 0 to trials and trials at least 1, got {hits} of {trials}.")
-    check_chances(0.0, confidence)
-    tail = (1 - confidence) / 2
-    return Interval(hits / trials, float(_lowest(hits, trials, tail)), float(_highest(hits, trials, tail)))
-
-
-def rates_bound(
-    *, hits: int, inside: int, false_alarms: int, outside: int, delta: float, confidence: float = 0.95
-) -> float:
-    """Lower bound on epsilon from how often one test, fixed beforehand, says "in".
-
-    Args:
-        hits: Of those that were in, how many the test calls in.
-        inside: How many were in.
-        false_alarms: Of those that were out, how many the test calls in.
-        outside: How many were out.
-        delta: In [0, 1).
-        confidence: In (0, 1); either rate gets half of what may fail.
-
-    Returns:
-        The larger of log (TPR - delta) / FPR and log (1 - FPR - delta) / (1 - TPR) at the worst ends of the rates'
-        exact intervals; 0 where that is less.
-
-    Raises:
-        PrivacyError: A number is impossible.
-
-    Guarantee:
-        As ``one_run_bound``, **provided the scores are independent**: each from a run of its own, or of canaries that
-        do not meet. Canaries that disturb each other in a single run are judged by ``one_run_bound``.
-
-    Source:
-        Kairouz, Oh, Viswanath 2015, arXiv:1311.0776, Theorem 2.1; Nasr et al. 2021, arXiv:2101.04535, section IV.
-    """
-    check_chances(delta, confidence)
-    true_rate = clopper_pearson(hits, inside, confidence=confidence).low
-    false_rate = clopper_pearson(false_alarms, outside, confidence=confidence).high
-    return float(_epsilon_of(np.array(true_rate), np.array(false_rate), delta))
-
-
-def threshold_bound(inside: Scores, outside: Scores, *, delta: float, confidence: float = 0.95, seed: int = 0) -> float:
-    """``rates_bound`` of the test "score above a threshold": one half of the scores fix it, the other half is judged.
-
-    Args:
-        inside: Scores of those that were in, at least two.
-        outside: Scores of those that were out, at least two.
-        delta: In [0, 1).
-        confidence: In (0, 1).
-        seed: Of the split, which looks at no score.
-
-    Raises:
-        PrivacyError: A number is impossible, a score is NaN, or there are too few.
-
-    Guarantee:
-        As ``rates_bound``.
-    """
-    check_chances(delta, confidence)
-    (choose_in, judge_in), (choose_out, judge_out) = (
-        _halves(scores, np.random.default_rng([seed, which])) for which, scores in enumerate((inside, outside))
-    )
-    thresholds = np.unique(np.concatenate([choose_in, choose_out]))
-    tail = (1 - confidence) / 2
-    true_rates = _lowest(_above(choose_in, thresholds), choose_in.size, tail)
-    false_rates = _highest(_above(choose_out, thresholds), choose_out.size, tail)
-    best = thresholds[np.argmax(_epsilon_of(true_rates, false_rates, delta))]
-    return rates_bound(
-        hits=int(_above(judge_in, best)),
-        inside=judge_in.size,
-        false_alarms=int(_above(judge_out, best)),
-        outside=judge_out.size,
-        delta=delta,
-        confidence=confidence,
-    )
-
-
 def auc(inside: Scores, outside: Scores) -> Interval:
     """Chance that one that was in scores higher than one that was out, equal scores counting half; 95 % interval.
 
@@ -282,12 +201,6 @@ def _chance(epsilon: float, *, canaries: int, guesses: int, correct: int, delta:
     return beta + 2 * canaries * delta * alpha
 
 
-def _epsilon_of(true_rate: Scores, false_rate: Scores, delta: float) -> Scores:
-    """Epsilon that a pair of rates needs, at least 0."""
-    found = np.maximum((true_rate - delta) / false_rate, (1 - false_rate - delta) / (1 - true_rate))
-    return np.log(np.maximum(found, 1.0))
-
-
 def _lowest(hits: npt.ArrayLike, trials: int, tail: float) -> Scores:
     """Lower Clopper-Pearson end: 0 for no hit."""
     hits = np.asarray(hits)
@@ -298,20 +211,6 @@ def _highest(hits: npt.ArrayLike, trials: int, tail: float) -> Scores:
     """Upper Clopper-Pearson end: 1 for hits alone."""
     hits = np.asarray(hits)
     return np.where(hits < trials, stats.beta.isf(tail, hits + 1, np.maximum(trials - hits, 1)), 1.0)
-
-
-def _above(scores: Scores, thresholds: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """How many scores lie above each threshold."""
-    return np.asarray(scores.size - np.searchsorted(np.sort(scores), thresholds, side="right"), dtype=np.int64)
-
-
-def _halves(scores: Scores, generator: np.random.Generator) -> tuple[Scores, Scores]:
-    """Two halves at random."""
-    scores = _checked(scores)
-    if not scores.size >= 2:
-        raise PrivacyError(f"a threshold needs at least two scores of each kind, got {scores.size}.")
-    mixed = generator.permutation(scores)
-    return mixed[: scores.size // 2], mixed[scores.size // 2 :]
 
 
 def _checked(scores: Scores) -> Scores:

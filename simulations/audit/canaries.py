@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.audits import LevelResult, no_result
+from shared.audits import LevelResult, conclude
 from shared.config import Scenario
 from simulations.audit.canary_stand import Attack, Stand, attack, open_stand
 from simulations.audit.gaussian import is_gaussian
@@ -63,16 +63,15 @@ def audit(subject: Subject, *, seed: int, quiet: bool) -> LevelResult:
         "mutants": {name: asdict(found) for name, found in faulty.items()},
         "power": power,
     }
-    return LevelResult(
+    return conclude(
         title=f"canary {scenario.privacy.unit}s through the real optimiser and the wire",
-        passed=None if no_result(caught, control_detected=detected) else held,
+        held=held,
         epsilon_lower=real.epsilon_lower,
         epsilon_audited=AUDIT_EPSILON,
         power=_most(power["claimed"], "sigma/4") >= ENOUGH,
         control_detected=detected,
-        mutants_caught=tuple(name for name, found in caught.items() if found),
-        mutants_missed=tuple(name for name, found in caught.items() if not found),
-        seconds=time.perf_counter() - started,
+        caught=caught,
+        started=started,
         facts=facts,
         words=_words(subject.scenario, facts),
     )

@@ -17,7 +17,7 @@ from scipy import stats
 from client.site import Workbench
 from client.train import make_trainable
 from shared.adapter import load_start, make_start, shared_slots
-from shared.audits import LevelResult, no_result
+from shared.audits import LevelResult, conclude
 from shared.config import AdapterConfig, Scenario
 from shared.datasets import Record
 from shared.features import Features, compute_hidden
@@ -235,14 +235,12 @@ def audit(subject: Subject, *, seed: int, quiet: bool) -> LevelResult:
     caught = {fault: result["hits"] > result["limit"] for fault, result in found.items()}
     detected = control["share"] >= _CONTROL_SHARE
     own = _own_method(subject, seed=seed)
-    return LevelResult(
+    return conclude(
         title="words of a text, read out of LoRA's change on the wire",
-        passed=None if no_result(caught, control_detected=detected) else real["hits"] <= real["limit"],
-        epsilon_lower=None,
+        held=real["hits"] <= real["limit"],
         control_detected=detected,
-        mutants_caught=tuple(fault for fault, yes in caught.items() if yes),
-        mutants_missed=tuple(fault for fault, yes in caught.items() if not yes),
-        seconds=time.perf_counter() - started,
+        caught=caught,
+        started=started,
         facts={
             "rank": rank,
             "layer": f"block.0.{setting.layer.name}",

@@ -83,7 +83,7 @@ def _wrap(**wrappers: Callable[[Any], Any]) -> Callable[[], AbstractContextManag
     return block
 
 
-def _quieter(factor: float) -> Callable[[], AbstractContextManager[object]]:
+def quieter(factor: float) -> Callable[[], AbstractContextManager[object]]:
     """All noise smaller: of a device's steps, of its share in a sum, and of the server."""
 
     def optimizer(make: Any) -> Any:
@@ -215,9 +215,8 @@ _BOTH = ("record", "user")
 MUTANTS: Mapping[str, Mutant] = {
     each.name: each
     for each in (
-        Mutant("no-noise", "no noise is added", _BOTH, _quieter(0.0)),
-        Mutant("quarter-noise", "a quarter of the noise is added", _BOTH, _quieter(0.25)),
-        Mutant("half-noise", "half of the noise is added", _BOTH, _quieter(0.5)),
+        Mutant("no-noise", "no noise is added", _BOTH, quieter(0.0)),
+        Mutant("quarter-noise", "a quarter of the noise is added", _BOTH, quieter(0.25)),
         Mutant("no-clip", "contributions are not clipped", _BOTH, _loosely()),
         Mutant("clip-each-tensor", "every tensor is clipped on its own", ("record",), _wrap(clip=_clip_each_tensor)),
         Mutant("record-twice", "a record counts twice", ("record",), _wrap(draw=_draw_twice)),

@@ -237,11 +237,7 @@ def play_seats(campaign: Campaign, seats: Sequence[Seat], *, start: Arrays, seed
     """Play a campaign with the draws of ``seed``, equal for equal seats whatever they hold."""
     path, tapes = Path(), {}
     for place, scale in [*((i, seat.scale) for i, seat in enumerate(seats)), (SERVER, server_scale)]:
-        tapes[place] = Tape(
-            lambda round_number, place=place, scale=scale: Replay(seed, place + 1, round_number, scale=scale),  # type: ignore[misc]
-            lambda round_number, place=place: path.begin((round_number, place)),  # type: ignore[misc]
-            place,
-        )
+        tapes[place] = _tape(path, place, seed=seed, scale=scale)
     parts = []
     for place, seat in enumerate(seats):
         features, targets = inputs(seat.rows)
@@ -249,6 +245,14 @@ def play_seats(campaign: Campaign, seats: Sequence[Seat], *, start: Arrays, seed
     with path:
         played = play(campaign, parts, start=start, noise=tapes[SERVER].randomness)
     return Side(played, tapes, path, frozenset(place for place, seat in enumerate(seats) if not seat.rows))
+
+
+def _tape(path: Path, place: int, *, seed: int, scale: int) -> Tape:
+    return Tape(
+        lambda round_number: Replay(seed, place + 1, round_number, scale=scale),
+        lambda round_number: path.begin((round_number, place)),
+        place,
+    )
 
 
 def same_but_for_values(one: Side, other: Side) -> dict[str, bool]:

@@ -151,39 +151,6 @@ def find_faults(
     return found
 
 
-def has_power(
-    mechanism: AnyMechanism,
-    *,
-    epsilon: float,
-    delta: float,
-    canaries: int = CANARIES,
-    guesses: int | None = None,
-    bound: Bound = "one-run",
-    fault: str = "sigma/4",
-    trials: int = 100,
-    seed: int = 0,
-) -> bool:
-    """Whether a fault would be found in at least ``ENOUGH`` of all runs; arguments as of ``find_faults``.
-
-    Raises:
-        PrivacyError: As ``find_faults``, or ``fault`` is not one of ``FAULTS``.
-    """
-    if fault not in FAULTS:
-        raise PrivacyError(f"a fault must be one of {', '.join(FAULTS)}, got {fault!r}.")
-    found = find_faults(
-        mechanism,
-        epsilon=epsilon,
-        delta=delta,
-        canaries=canaries,
-        guesses=guesses,
-        bound=bound,
-        faults={fault: FAULTS[fault]},
-        trials=trials,
-        seed=seed,
-    )
-    return found[fault] >= ENOUGH
-
-
 @lru_cache(maxsize=64)
 def noise_for(mechanism: AnyMechanism, *, epsilon: float, delta: float) -> float:
     """The noise multiplier these releases need for ``epsilon``, within a few percent above: quick, not for a policy.
@@ -213,22 +180,6 @@ def noise_for(mechanism: AnyMechanism, *, epsilon: float, delta: float) -> float
     if not (excess(low) >= 0 >= excess(high)):
         raise PrivacyError(f"no noise was found that makes {mechanism.releases} releases cost epsilon {epsilon}.")
     return math.exp(brentq(excess, low, high, xtol=1e-3)) * (1 + 1e-3)
-
-
-def table_lines(table: Mapping[str, Any]) -> list[str]:
-    """A power table for a reader."""
-    faults = list(table["rows"][0]["found"]) if table["rows"] else []
-    out = [
-        f"share of {table['trials']} trials in which the {table['bound']} bound ({table['canaries']} canaries, "
-        f"{table['guesses']} guesses, delta {table['delta']:g}) exceeds the claim:",
-        f"  {'epsilon':>8} {'sigma/C':>9}" + "".join(f"{name:>12}" for name in faults),
-    ]
-    out += [
-        f"  {row['epsilon']:8g} {row['noise_multiplier']:9.3f}"
-        + "".join(f"{row['found'][name]:12.2f}" for name in faults)
-        for row in table["rows"]
-    ]
-    return out
 
 
 def _rate(mechanism: AnyMechanism) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from client.site import open_workbench
 from shared.adapter import shared_parameters
-from shared.audits import LevelResult, no_result
+from shared.audits import LevelResult, conclude
 from shared.campaign import Campaign
 from shared.errors import CampaignError
 from shared.noise import SecureRandomness
@@ -100,14 +100,12 @@ def audit(subject: Subject, *, seed: int, quiet: bool = True) -> LevelResult:
     detected = control > _CONTROL and found.moved["loud"] >= TIGHT
     facts: dict[str, Any] = {"moved": found.moved, "control_moved": control, "bound_played": stand.bound}
     facts |= {"checks": found.checks, "found_by": failed}
-    return LevelResult(
+    return conclude(
         title=_TITLE[subject.campaign.policy.unit],
-        passed=None if no_result(caught, control_detected=detected) else not found.failed,
-        epsilon_lower=None,
+        held=not found.failed,
         control_detected=detected,
-        mutants_caught=tuple(name for name, seen in caught.items() if seen),
-        mutants_missed=tuple(name for name, seen in caught.items() if not seen),
-        seconds=time.perf_counter() - started,
+        caught=caught,
+        started=started,
         facts=facts,
         words=_words(subject.campaign.policy, found, control=control, bound=stand.bound),
     )

@@ -79,6 +79,7 @@ def _collect(subject: Subject, levels: dict[str, LevelResult], *, level: Depth, 
         level=level,
         passed=all(each.passed is True for each in levels.values()),
         seed=seed,
+        after_round=subject.after_round,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=seconds,
         versions={name: version(name) for name in _VERSIONS},
@@ -96,5 +97,5 @@ def _power(mechanism: AnyMechanism, *, delta: float, seed: int) -> dict[str, Pow
 
 
 def place_of(source: Path) -> Path | None:
-    """Where a run keeps its audit; None for what is no run."""
-    return source / FILE if (source / "summary.json").is_file() else None
+    """Where a run, finished or not, keeps its audit; None for what is no run."""
+    return source / FILE if (source / "run.json").is_file() else None

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 
 from shared.audits import Audit, LevelResult, hash_code
 from shared.page import details, items, table
-from simulations.audit.words import power_tables, verdict
+from simulations.audit.words import began, power_tables, verdict
 
 _WHAT = {
     True: "the attack found no more than it may",
@@ -33,9 +33,10 @@ def section(audit: Audit, *, policies: Collection[str]) -> Iterator[str]:
             "of the code that is here now. Audit the run again.</p>"
         )
     yield (
-        f"<p>{html.escape(audit.level.capitalize())} audit of {html.escape(audit.created)}, {audit.seconds:.0f} s. "
+        f"<p>{html.escape(audit.level.capitalize())} audit of {html.escape(audit.created)}, {began(audit)}, "
+        f"{audit.seconds:.0f} s. "
         "Every level attacked the code that devices and server run, on the bytes between them; then the same without "
-        "privacy (its control), and with faults put in on purpose.</p>"
+        "privacy (its control), and with faults put in on purpose. An audit finds gross faults; it proves no ε.</p>"
     )
     yield table(
         f"What was attacked; claimed: ε = {audit.epsilon_claimed:g} at δ = {audit.delta:g}, {audit.unit} level",

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from client.site import Workbench
 from client.train import make_trainable
 from shared.adapter import Arrays, load_shared, make_start, shared_slots
-from shared.audits import LevelResult, no_result
+from shared.audits import LevelResult, conclude
 from shared.config import AdapterConfig, Scenario, TaskConfig
 from shared.features import Features, compute_hidden
 from shared.head import make_head
@@ -240,19 +240,18 @@ def run(subject: Subject, *, canaries: int, seed: int, quiet: bool) -> LevelResu
         name: exceeds(found[name], epsilon=claimed, most=most) or found[name]["auc"][1] > real["auc"][2]
         for name in _MUTANTS
     }
-    needed = {name: caught[name] for name in _REQUIRED}
     detected = found["control"]["auc"][0] >= _CONTROL_AUC
     facts = found | _about(bench.campaign.policy, canaries=canaries, guesses=real["guesses"])
-    return LevelResult(
+    return conclude(
         title="sentences of a small language model, told from the parameters it released",
-        passed=None if no_result(needed, control_detected=detected) else not exceeds(real, epsilon=claimed, most=most),
+        held=not exceeds(real, epsilon=claimed, most=most),
         epsilon_lower=real["epsilon_lower"],
         epsilon_audited=claimed,
         power=caught["quarter-noise"],
         control_detected=detected,
-        mutants_caught=tuple(name for name, yes in caught.items() if yes),
-        mutants_missed=tuple(name for name, yes in needed.items() if not yes),
-        seconds=time.perf_counter() - started,
+        caught=caught,
+        required=_REQUIRED,
+        started=started,
         facts=facts,
         words=_words(subject, facts, caught),
     )

@@ -46,7 +46,8 @@ class Subject:
         scenario: The settings, of one seed.
         campaign: As it was published, or as it would be.
         texts: Backbone outputs of every text of the data set.
-        arrays: The shared arrays an attack starts from: a run's last ones, else the public start's.
+        arrays: The shared arrays an attack starts from: a run's last good ones, else the public start's.
+        after_round: Round they are of; 0 is the public start.
         folder: For campaigns of the audit; gone afterwards.
         seed: Of everything the audit draws, but for the noise of devices.
     """
@@ -57,6 +58,7 @@ class Subject:
     dataset: Dataset
     texts: TextFeatures
     arrays: Arrays
+    after_round: int
     folder: Path
     seed: int
 
@@ -297,7 +299,7 @@ def open_subject(source: Path, *, overrides: tuple[str, ...] = (), folder: Path,
         texts = TextFeatures(base, scenario, dataset, quiet=quiet)
         last = last_checkpoint(found.folder / "checkpoints", policy_sha256=found.policy.sha256)
         checkpoint = last or start_checkpoint(found)
-        return Subject(scenario, found, base, dataset, texts, checkpoint.arrays, folder, seed)
+        return Subject(scenario, found, base, dataset, texts, checkpoint.arrays, checkpoint.round_number, folder, seed)
     alone = scenario.model_copy(
         update={
             "linear": scenario.linear.model_copy(update={"enabled": False}),
@@ -306,7 +308,7 @@ def open_subject(source: Path, *, overrides: tuple[str, ...] = (), folder: Path,
     )
     [plan] = plan_campaigns(alone, base, dataset, quiet=quiet)
     opened = open_campaign(plan, folder / "subject")
-    return Subject(scenario, opened.campaign, base, dataset, plan.texts, opened.start.arrays, folder, seed)
+    return Subject(scenario, opened.campaign, base, dataset, plan.texts, opened.start.arrays, 0, folder, seed)
 
 
 def _find_campaign(source: Path) -> Campaign:

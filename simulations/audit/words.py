@@ -7,7 +7,8 @@ def lines(audit: Audit) -> list[str]:
     """The audit as text."""
     out = [
         f"{audit.scenario}: {audit.unit} level, trust {audit.trust}, epsilon {audit.epsilon_claimed:g} at delta "
-        f"{audit.delta:g} claimed; policy {audit.policy_sha256[:12]}, {audit.level} audit, {audit.seconds:.0f} s",
+        f"{audit.delta:g} claimed; policy {audit.policy_sha256[:12]}, {audit.level} audit {began(audit)}, "
+        f"{audit.seconds:.0f} s",
     ]
     for name, level in audit.levels.items():
         out += ["", f"{name}  {verdict(level):<9}  {level.title}  ({level.seconds:.1f} s)"]
@@ -22,7 +23,12 @@ def lines(audit: Audit) -> list[str]:
         else "NOT PASSED: "
         + ", ".join(f"{name} {verdict(level)}" for name, level in audit.levels.items() if level.passed is not True)
     )
-    return [*out, "", f"result: {result}"]
+    return [*out, "", f"result: {result}", "an audit finds gross faults; it proves no epsilon: see docs/audits.md"]
+
+
+def began(audit: Audit) -> str:
+    """Which shared arrays L0 began from; the other levels have campaigns of their own."""
+    return f"L0 at the arrays of round {audit.after_round}" if audit.after_round else "L0 at the public start"
 
 
 def verdict(level: LevelResult) -> str:
