@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from client.contribution import contribute
 from client.device import Device, find_device, forget_workbenches
 from client.log import describe_error, note
+from client.round_state import keep_place, take_place
 from client.secure_round import advertise, expect, mask, share, unmask
 from client.train import train_shared
 from shared import wire
@@ -81,6 +82,7 @@ def _train(message: Message, device: Device) -> RecordDict:
             bench, features, targets = device.records(campaign)
             randomness = device.randomness(campaign, request.round_number)
             try:
+                state = take_place(bench, request, features, targets, device=device, randomness=randomness)
                 update = train_shared(
                     bench.module,
                     request.arrays,
@@ -89,13 +91,16 @@ def _train(message: Message, device: Device) -> RecordDict:
                     policy=policy,
                     micro_batch=device.micro_batch(campaign),
                     randomness=randomness,
+                    round_number=request.round_number,
                 )
+                keep_place(bench, request, state, device=device)
             except BaseException as error:
                 forget_workbenches()  # the head may hold half a batch's gradients: the next device gets a new one
                 if policy.unit != "user" or not device.hides_failures or not isinstance(error, Exception):
                     raise
                 note("zeroed", level=logging.ERROR, round=request.round_number, **describe_error(error))
-                update = {name: np.zeros_like(array) for name, array in request.arrays.items()}
+                changed = policy.turn_slots(request.round_number)
+                update = {slot.name: np.zeros_like(request.arrays[slot.name]) for slot in changed}
             if policy.unit == "user" and policy.trust != "none":
                 update = {SUM: _for_sum(update, request, campaign, device, randomness)}
             bench.busy_s += time.perf_counter() - started
@@ -111,7 +116,8 @@ def _for_sum(
     whole = contribute(change, policy=campaign.policy, randomness=randomness)
     if device.masks(campaign):
         return mask(whole, request, campaign, device)
-    return whole.astype(campaign.policy.reply_slots()[0].dtype)  # modulo 2^32 where a ring is wanted
+    [slot] = campaign.policy.reply_slots(request.round_number)
+    return whole.astype(slot.dtype)  # modulo 2^32 where a ring is wanted
 
 
 def _checked(reply: RecordDict, policy: Policy, device: Device, *, without: tuple[str, ...]) -> RecordDict:

@@ -120,14 +120,31 @@ def predict(args: argparse.Namespace) -> int:
 
     head, problem = (open_head(args.head, base=args.base), None) if args.head else _open_home(args, "base")
     predictions = head.predict(texts).tolist()
+    labels = head.base.labels
     if args.json:
-        rows = [{"text": t, "prediction": round(p, 4)} for t, p in zip(texts, predictions, strict=True)]
+        rows = [{"text": t, **_said(p, labels)} for t, p in zip(texts, predictions, strict=True)]
         said = {"head": str(args.head or args.home), "user": head.user, **_said_of_home(args, problem)}
         print(json.dumps(said | {"predictions": rows}, ensure_ascii=False))
     else:
         for text, prediction in zip(texts, predictions, strict=True):
-            print(f"{prediction:.1f}  {text}")
+            print(f"{_in_words(prediction, labels)}  {text}")
     return 0
+
+
+def _said(prediction: Any, labels: Sequence[str]) -> dict[str, Any]:
+    """A prediction as JSON says it: a number, or the likeliest label and how likely each is."""
+    if not labels:
+        return {"prediction": round(prediction, 4)}
+    shares = {label: round(share, 4) for label, share in zip(labels, prediction, strict=True)}
+    return {"prediction": max(shares, key=shares.__getitem__), "probabilities": shares}
+
+
+def _in_words(prediction: Any, labels: Sequence[str]) -> str:
+    if not labels:
+        return f"{prediction:.1f}"
+    shares = sorted(zip(labels, prediction, strict=True), key=lambda one: -one[1])
+    (first, share), others = shares[0], ", ".join(f"{label} {share:.2f}" for label, share in shares[1:3])
+    return f"{first} {share:.2f} ({others})"
 
 
 def generate(args: argparse.Namespace) -> int:

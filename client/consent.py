@@ -112,7 +112,9 @@ def examine_offer(home: Home, folder: Path, *, operator: Ed25519PublicKey, until
 
 
 def _payload_bytes(policy: Policy) -> int:
-    return len(save({slot.name: np.zeros(slot.shape, slot.dtype) for slot in policy.reply_slots()}))
+    rounds = range(1, 1 + max(len(policy.turns), 1))
+    replies = [{slot.name: np.zeros(slot.shape, slot.dtype) for slot in policy.reply_slots(turn)} for turn in rounds]
+    return max(len(save(reply)) for reply in replies)
 
 
 def check_trust(offer: Offer, *, trust_server: bool) -> None:

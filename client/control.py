@@ -161,7 +161,10 @@ class ControlClient:
         self._call("Resume", Empty(), Empty)
 
     def predict(self, texts: Sequence[str]) -> dict[str, Any]:
-        """``predictions``, one a text, and ``problem``: why the bare base made them, or None."""
+        """``predictions``, one a text, and ``problem``: why the bare base made them, or None.
+
+        In task ``tagging`` a prediction is a list of probabilities, of the ``labels`` in their order.
+        """
         request = ParseDict({"texts": list(texts)}, Struct())
         return dict(MessageToDict(self._call("Predict", request, Struct, timeout_s=_PREDICT_S)))
 

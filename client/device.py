@@ -6,7 +6,7 @@ ledger that outlives crashes, reads encrypted records, and draws from the operat
 
 import hashlib
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Context
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from client.attributes import read_profile
 from client.device_key import sign, trusted_operator
 from client.home import Home, open_home
 from client.inputs import only, read_inputs
@@ -74,6 +75,15 @@ class Device(Protocol):
 
     def micro_batch(self, campaign: Campaign) -> int:
         """Tokens of a forward pass; 1 takes every record alone."""
+
+    def profile(self, campaign: Campaign) -> Mapping[str, str]:
+        """What the device's user states of themself, and let campaigns use."""
+
+    def state(self, campaign: Campaign, round_number: int) -> Arrays:
+        """What the device kept for itself after its last round before this one; nothing before its first."""
+
+    def keep_state(self, campaign: Campaign, round_number: int, state: Arrays) -> None:
+        """Keep what a later round begins with; it never leaves the device."""
 
     def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
         """Where the draws of one round come from (rule P6)."""
@@ -157,6 +167,23 @@ class SimulatedDevice:
     def micro_batch(self, campaign: Campaign) -> int:
         """As the scenario says."""
         return campaign.scenario.performance.micro_batch
+
+    def profile(self, campaign: Campaign) -> Mapping[str, str]:
+        """As the data set says."""
+        return open_site(self._campaigns, campaign.policy.sha256).dataset.users[self._seat].profile
+
+    def state(self, campaign: Campaign, round_number: int) -> Arrays:
+        """From a file: an interrupted simulation goes on with what its devices had at the round it goes on from."""
+        earlier = [path for path in _states(campaign, self._seat) if int(path.stem) < round_number]
+        return load(earlier[-1].read_bytes()) if earlier else {}
+
+    def keep_state(self, campaign: Campaign, round_number: int, state: Arrays) -> None:
+        """In a file of the run's folder; the last two are kept, for a round may be run again."""
+        folder = _states_folder(campaign, self._seat)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{round_number:07d}.safetensors", save(state))
+        for path in _states(campaign, self._seat)[:-2]:
+            path.unlink()
 
     def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
         """Streams keyed by seed, campaign, device and round: two campaigns of one seed share no noise."""
@@ -273,7 +300,7 @@ class OwnedDevice:
             with suppress(OSError):  # a full disk: the next round brings newer ones
                 _keep_shared(self._home, request)
             return None
-        return {slot.name: load(payload)[slot.name] for slot in campaign.policy.reply_slots()}
+        return {slot.name: load(payload)[slot.name] for slot in campaign.policy.reply_slots(request.round_number)}
 
     def records(self, campaign: Campaign) -> tuple[Workbench, Features, Targets]:
         """Every record of store and folder that the policy lets take part, all of them training rows."""
@@ -293,6 +320,22 @@ class OwnedDevice:
         base, the first of several steps): alone, no record reaches another's gradient, whatever is chosen.
         """
         return 1
+
+    def profile(self, campaign: Campaign) -> Mapping[str, str]:
+        """What the owner stated with ``sottovoce client profile``."""
+        del campaign
+        return read_profile(self._home)
+
+    def state(self, campaign: Campaign, round_number: int) -> Arrays:
+        """From the vault."""
+        del round_number  # the ledger answers a round once
+        vault, name = self._home.vault(), _state_name(campaign)
+        return load(vault.open(name)) if vault.names(name) else {}
+
+    def keep_state(self, campaign: Campaign, round_number: int, state: Arrays) -> None:
+        """Sealed in the vault."""
+        del round_number
+        self._home.vault().seal(_state_name(campaign), save(state))
 
     def randomness(self, campaign: Campaign, round_number: int) -> Randomness:
         """A new key of the operating system for every round."""
@@ -359,6 +402,19 @@ _SECURE_SUM = "secure sum"
 
 def _key(campaign: Campaign, round_number: int) -> str:
     return f"{round_number} of {campaign.policy.sha256}"
+
+
+def _state_name(campaign: Campaign) -> str:
+    return f"state/{campaign.policy.sha256[:32]}"
+
+
+def _states_folder(campaign: Campaign, seat: int) -> Path:
+    return campaign.folder / "devices" / str(seat)
+
+
+def _states(campaign: Campaign, seat: int) -> list[Path]:
+    """States a simulated device has kept, the newest last."""
+    return sorted(_states_folder(campaign, seat).glob("*.safetensors"))
 
 
 def _simulated_key(scenario: Scenario, seat: int) -> Ed25519PrivateKey:

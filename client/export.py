@@ -57,6 +57,7 @@ from shared.errors import HeadError
 from shared.features import compute_features
 from shared.head import OutputLayer, RatingHead, pooled_features
 from shared.model import Base
+from shared.tagging_head import TaggingHead
 
 TOLERANCE = 1e-5  # largest absolute difference between torch and ONNX Runtime, in fp32
 KERNEL_TOLERANCE = 1e-4  # of a head with kernel features: a narrow kernel magnifies the last bits of a cosine
@@ -67,6 +68,8 @@ _KNOWN_TEXTS = (  # public: their tokens go into every manifest
     "Comedy, Romance",
     "An old map, a new boat and too little bread.",
 )
+
+_MAX_SCORE = 1e6  # of a ranking
 
 
 def export_base(
@@ -90,7 +93,8 @@ def export_base(
         blocks: Absolute numbers of the blocks that get LoRA slots; none for a linear head.
         targets: Linear layers of a block that get slots, as ``adapter.targets``.
         max_tokens: Texts are cut after so many tokens.
-        task: Scale of the predictions; without an adapter the base predicts its centre.
+        task: Scale of the predictions, or their labels; without an adapter the base predicts the scale's centre, or
+            logits of zero.
         probe_texts: At least 16 different texts; they are compared and not written.
         cache: Folder of finished graphs; one made before from the same base and settings is used again.
         precision: ``fp32``, or ``int8`` for weights in 8 bits.
@@ -111,17 +115,20 @@ def export_base(
     probes = distinct(probe_texts)
     token_ids = base.tokenize(probes, max_tokens=max_tokens)
     layers = slot_layers(base, blocks, targets)
-    key = graph_key(base, list(layers), max_tokens, task.centre, precision, kernel)
+    outputs = len(task.labels) if task.name == "tagging" else 1
+    centre = task.centre if task.name == "rating" else 0.0
+    key = graph_key(base, list(layers), max_tokens, centre, precision, kernel, outputs=outputs)
     model = read_graph(cache, key)
     if model is None:
         model = build_graph(
             base,
             layers,
             max_tokens=max_tokens,
-            centre=task.centre,
+            centre=centre,
             token_ids=token_ids,
             precision=precision,
             kernel=kernel,
+            outputs=outputs,
         )
         store_graph(cache, key, model)
     with new_folder(folder) as new:
@@ -133,8 +140,8 @@ def export_base(
             "base_sha256": base.sha256,
             "files": describe_files(new, MODEL, TOKENIZER),
             "tokenizer": {"max_tokens": max_tokens},
-            "slots": list_slots(base.hidden_size, layers, kernel),
-            "task": {"name": task.name, "low": task.low, "high": task.high, "centre": task.centre},
+            "slots": list_slots(base.hidden_size, layers, kernel, outputs=outputs),
+            "task": _describe_task(task),
             "quant": PRECISIONS[precision],
             "onnx": graph_format(model),
             "runtime": {"onnxruntime": MIN_ONNXRUNTIME},
@@ -145,9 +152,9 @@ def export_base(
         wanted = compute_features(base, probes, head_blocks=0, max_tokens=max_tokens)
         parity = Parity("the probe texts", precision=precision, max_abs=TOLERANCE, rel_rms=REL_RMS)
         parity.add(pooled, np.stack([wanted.batch([row])[0][0, 0].numpy() for row in range(len(probes))]))
-        if not (predictions == np.float32(task.centre)).all():
+        if not (predictions == np.float32(centre)).all():
             raise HeadError(
-                f"the base without adapter must predict {task.centre} for every text, "
+                f"the base without adapter must predict {centre} for every text, "
                 f"got {predictions.tolist()[:3]}; this is a fault of the export, please report it."
             )
         manifest["parity"] = {"n_probes": len(probes), **parity.described()}
@@ -155,10 +162,18 @@ def export_base(
     return manifest
 
 
+def _describe_task(task: TaskConfig) -> dict[str, Any]:
+    if task.name == "tagging":
+        return {"name": task.name, "labels": list(task.labels)}
+    if task.name == "ranking":  # scores have no scale; ends that none comes near clip nothing
+        return {"name": task.name, "low": -_MAX_SCORE, "high": _MAX_SCORE, "centre": 0.0}
+    return {"name": task.name, "low": task.low, "high": task.high, "centre": task.centre}
+
+
 def build_head(
     *,
     base_folder: Path | FleetBase,
-    head: RatingHead,
+    head: RatingHead | TaggingHead,
     output: OutputLayer,
     user: str,
     privacy: Mapping[str, object],
@@ -245,7 +260,7 @@ def export_head(
     folder: Path,
     *,
     base_folder: Path | FleetBase,
-    head: RatingHead,
+    head: RatingHead | TaggingHead,
     output: OutputLayer,
     user: str,
     privacy: Mapping[str, object],
@@ -277,7 +292,7 @@ def export_head(
     return dict(json.loads(files[MANIFEST]))
 
 
-def _torch_pooled(head: RatingHead, fleet: FleetBase, texts: Sequence[str]) -> np.ndarray:
+def _torch_pooled(head: RatingHead | TaggingHead, fleet: FleetBase, texts: Sequence[str]) -> np.ndarray:
     """The reference (n, d) in torch, from the texts on."""
     max_tokens = int((fleet.tokenizer.truncation or {})["max_length"])  # open_base set it
     features = compute_features(head.base[0], texts, head_blocks=len(head.blocks), max_tokens=max_tokens)
@@ -290,7 +305,7 @@ def _head_parity(
     found: tuple[np.ndarray, np.ndarray],
     wanted: tuple[np.ndarray, np.ndarray],
     *,
-    head: RatingHead,
+    head: RatingHead | TaggingHead,
 ) -> dict[str, Any]:
     """The device's features and predictions against torch's, or HeadError."""
     if precision != "fp32":
@@ -330,19 +345,21 @@ def _check_active(personal: np.ndarray, bare: np.ndarray, *, active: bool, what:
 
 
 def _output_differs(tensors: Mapping[str, np.ndarray], centre: float) -> bool:
-    return output_differs(tensors) or bool(tensors["output.bias"][0] != np.float32(centre))
+    return output_differs(tensors) or bool((tensors["output.bias"] != np.float32(centre)).any())
 
 
-def _adapter_tensors(head: RatingHead, output: OutputLayer) -> dict[str, np.ndarray]:
+def _adapter_tensors(head: RatingHead | TaggingHead, output: OutputLayer) -> dict[str, np.ndarray]:
     """Slot name -> float32 array: LoRA transposed to x @ A @ B, its scaling in B; and the output layer."""
+    outputs = head.output.out_features
     columns = [("output.weight", output.weight, head.base[0].hidden_size)]
     if head.kernel or output.kernel.size:
         columns.append((KERNEL_SLOT, output.kernel, len(head.kernel.anchors) if head.kernel else 0))
-    tensors = {"output.bias": np.array([output.bias], dtype=np.float32)}
+    tensors = {"output.bias": np.array(output.bias, dtype=np.float32).reshape(outputs)}
     for slot, column, size in columns:
-        if column.shape != (size,):
-            raise HeadError(f"{slot} must be folded from shape ({size},), got {column.shape}.")
-        tensors[slot] = np.ascontiguousarray(column[:, None], dtype=np.float32)
+        wanted = (size,) if outputs == 1 else (size, outputs)
+        if column.shape != wanted:
+            raise HeadError(f"{slot} must be folded from shape {wanted}, got {column.shape}.")
+        tensors[slot] = np.ascontiguousarray(column.reshape(size, outputs), dtype=np.float32)
     for name, module in head.blocks.named_modules():
         if not hasattr(module, "lora_A"):
             continue

@@ -78,7 +78,7 @@ def export_fleet(
     return EXPORTS[scenario.task.name](base, head, scenario, folder, list(probe_texts), settings)
 
 
-def _export_rating(
+def _export_encoder(
     base: Base, head: Head, scenario: Scenario, folder: Path, probes: list[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
     return export_base(
@@ -108,4 +108,9 @@ def _export_generation(
     )
 
 
-EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {"rating": _export_rating, "generation": _export_generation}
+EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "rating": _export_encoder,
+    "tagging": _export_encoder,
+    "ranking": _export_encoder,
+    "generation": _export_generation,
+}

@@ -53,11 +53,13 @@ def slot_layers(base: Base, blocks: Sequence[int], targets: Sequence[str]) -> di
     return layers
 
 
-def list_slots(width: int, layers: Mapping[str, nn.Linear], kernel: KernelTerm | None = None) -> list[dict[str, Any]]:
+def list_slots(
+    width: int, layers: Mapping[str, nn.Linear], kernel: KernelTerm | None = None, *, outputs: int = 1
+) -> list[dict[str, Any]]:
     """Every optional input. One rank symbol per layer: ONNX Runtime plans equal sizes for a shared one."""
-    found = [describe_slot("output.weight", (width, 1)), describe_slot("output.bias", (1,))]
+    found = [describe_slot("output.weight", (width, outputs)), describe_slot("output.bias", (outputs,))]
     if kernel:
-        found.append(describe_slot(KERNEL_SLOT, (len(kernel.anchors), 1)))
+        found.append(describe_slot(KERNEL_SLOT, (len(kernel.anchors), outputs)))
     for slot, layer in layers.items():
         rank = f"rank.{slot}"
         found += [
@@ -90,6 +92,7 @@ def build_graph(
     token_ids: Sequence[Sequence[int]],
     precision: str = "fp32",
     kernel: KernelTerm | None = None,
+    outputs: int = 1,
 ) -> bytes:
     """Trace the base, put the slots in, and show that they change nothing while they are empty.
 
@@ -101,11 +104,11 @@ def build_graph(
     _name_products(graph, base, layers)
     if precision == "int8":
         graph = quantize_weights(graph)
-        _insert_slots(graph, base, layers, centre=centre, kernel=kernel)
+        _insert_slots(graph, base, layers, centre=centre, kernel=kernel, outputs=outputs)
         strip_metadata(graph)
         return bytes(graph.SerializeToString())
     plain = graph.SerializeToString()
-    _insert_slots(graph, base, layers, centre=centre, kernel=kernel)
+    _insert_slots(graph, base, layers, centre=centre, kernel=kernel, outputs=outputs)
     strip_metadata(graph)
     slotted: bytes = graph.SerializeToString()
     before, after = (
@@ -178,6 +181,7 @@ def _insert_slots(
     *,
     centre: float,
     kernel: KernelTerm | None,
+    outputs: int,
 ) -> None:
     """Add x @ A @ B beside every named product, and the output layer after the pooling, in place."""
     graph = graph_model.graph
@@ -197,8 +201,8 @@ def _insert_slots(
         nodes += kernel.nodes(graph, before="output.linear", after="prediction")
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.output.append(helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["texts", 1]))
-    for item in list_slots(base.hidden_size, layers, kernel):
+    graph.output.append(helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["texts", outputs]))
+    for item in list_slots(base.hidden_size, layers, kernel, outputs=outputs):
         add_optional_input(graph, item, fill=centre if item["name"] == "output.bias" else 0.0)
 
 
@@ -211,10 +215,18 @@ def _name_scopes(node: onnx.NodeProto) -> list[str]:
 
 
 def graph_key(
-    base: Base, slots: Sequence[str], max_tokens: int, centre: float, precision: str, kernel: KernelTerm | None = None
+    base: Base,
+    slots: Sequence[str],
+    max_tokens: int,
+    centre: float,
+    precision: str,
+    kernel: KernelTerm | None = None,
+    *,
+    outputs: int = 1,
 ) -> str:
     """Names a graph by all that decides its bytes."""
     versions = [version(name) for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")]
     decisive = [_GRAPH_VERSION, _OPSET, versions, base.sha256, list(slots), max_tokens, centre, PRECISIONS[precision]]
     decisive += [kernel.sha256] if kernel else []
+    decisive += [outputs] if outputs > 1 else []
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""The kernel term of a rating head as ONNX nodes: public constants in the base, and a slot for what weighs them."""
+"""The kernel term of a head as ONNX nodes: public constants in the base, and a slot for what weighs them."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from client.runtime import KERNEL_SLOT
-from shared.head import Head, RatingHead
+from shared.head import Head, OutputHead
 from shared.kernel import SMALLEST_NORM
 
 
@@ -58,13 +58,13 @@ class KernelTerm:
         for i, (width, weight) in enumerate(zip(self.widths, self.weights, strict=True)):
             near = node("Exp", f"near.{i}", node("Div", f"scaled.{i}", below, constant(f"width.{i}", width)))
             terms.append(node("Mul", f"term.{i}", near, constant(f"weight.{i}", weight)))
-        product = node("MatMul", "product", node("Sum", "values", *terms), KERNEL_SLOT)  # (B, 1)
+        product = node("MatMul", "product", node("Sum", "values", *terms), KERNEL_SLOT)  # (B, K)
         return [*found, helper.make_node("Add", [before, product], [after])]
 
 
 def kernel_term(head: Head) -> KernelTerm | None:
     """The term of a head at its public start; None where it has no kernel."""
-    if not isinstance(head, RatingHead) or head.kernel is None:
+    if not isinstance(head, OutputHead) or head.kernel is None:
         return None
     mean, anchors = (tensor.detach().cpu().numpy().copy() for tensor in (head.mean, head.kernel.anchors))
     return KernelTerm(mean, anchors, head.kernel.widths, head.kernel.weights)

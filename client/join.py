@@ -228,8 +228,8 @@ class Service:
             if self._opened is None:
                 self._opened = open_home_base(self._home, self._base, kind="base")
         found = open_personal(self._home, self._opened)
-        predictions = [float(value) for value in found.model.predict(texts)]
-        return {"predictions": predictions, "problem": found.problem}
+        said = {"predictions": found.model.predict(texts).tolist(), "problem": found.problem}
+        return said | ({"labels": list(self._opened.labels)} if self._opened.labels else {})
 
     def stop(self) -> None:
         """Let ``join`` end."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client import source_cli
+from client.attributes import read_profile, write_profile
 from client.owner_words import CAPS, history_lines, key_lines, offer_lines, plain, status_lines
 from client.place import default_home, open_owner_home
 from client.service_cli import service_line
@@ -46,6 +47,14 @@ example:
 The campaign's whole price is reserved at once and never given back. Get operator.pub by a way nobody else controls and
 compare its fingerprint. A campaign of trust "central" shows the server your change without noise; to agree to that all
 the same, add --trust-server.
+"""
+_PROFILE = """\
+examples:
+  sottovoce client profile --set gender=F --set age=25
+  sottovoce client profile --clear
+
+A campaign may have an output for each of some groups of users; which group is yours decides the campaign's settings,
+from what is stated here. It stays on this device, encrypted; a reply looks the same whatever is stated.
 """
 
 
@@ -85,6 +94,10 @@ def add_parsers(commands: "Subparsers") -> None:
     card = _add(commands, "card", _card, "the privacy card of a campaign: what is promised, spent, sent, not covered")
     card.add_argument("--campaign", metavar="POLICY", help="first digits of its policy (default: the only one)")
     add_output(card)
+    stated = _add(commands, "profile", _profile, "what you state of yourself, for campaigns with personas", _PROFILE)
+    stated.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="state this, and only this")
+    stated.add_argument("--clear", action="store_true", help="state nothing any more")
+    _add_json(stated)
     _add(commands, "pause", _pause, "take part in nothing until resume")
     _add(commands, "resume", _resume, "end a pause")
     forget = _add(commands, "forget", _forget, "delete keys, records, features, private heads; what was spent stays")
@@ -278,6 +291,20 @@ def _card(options: argparse.Namespace) -> int:
     from client.card import run  # loads torch
 
     return run(options)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    home = open_owner_home(args.home)
+    if args.set or args.clear:
+        pairs = [text.partition("=") for text in args.set]
+        with home.lock():
+            write_profile(home, {} if args.clear else {name.strip(): value.strip() for name, _, value in pairs})
+    stated = read_profile(home)
+    if args.json:
+        print(json.dumps(stated, indent=2))
+    else:
+        print("\n".join(f"{plain(name)}: {plain(value)}" for name, value in stated.items()) or "nothing is stated")
+    return 0
 
 
 def _pause(options: argparse.Namespace) -> int:

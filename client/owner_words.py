@@ -165,7 +165,7 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
     return [records, f"private heads: {len(data['heads'])} versions, current {data['current_head']}"]
 
 
-_OF_USE = {"rating": "ratings", "generation": "language models"}
+_OF_USE = {"rating": "ratings", "tagging": "labels", "ranking": "rankings", "generation": "language models"}
 
 
 def source_lines(source: Mapping[str, Any]) -> list[str]:
@@ -181,7 +181,7 @@ def source_lines(source: Mapping[str, Any]) -> list[str]:
         *(f"  left out: {count} {REASONS[reason]}" for reason, count in source["skipped"].items()),
         f"  of use to campaigns of {of_use}"
         if of_use
-        else "  of use to no campaign: ratings need the column of target, language models that of response",
+        else "  of use to no campaign: ratings and labels need the column of target, language models that of response",
     ]
 
 

@@ -5,7 +5,7 @@ else: the head is opened from the very bytes that are sealed.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch
 from safetensors import SafetensorError
 
 from client.artifact import MANIFEST
+from client.attributes import read_profile
 from client.device import newest_shared
 from client.home import Home
 from client.inputs import read_inputs
 from client.ledger import Standing
 from client.owner import checked_ledger, find_consent
-from client.personalize import PrivateOutput, fit_lora, fit_output
+from client.personalize import PrivateOutput, fit_labels, fit_lora, fit_private
+from client.profile import profile_of
 from client.site import Workbench, resident_base, use_threads
 from client.sources import records_of
+from client.tagging import PrivateTags
 from client.verify import keep_head, next_sequence, open_home_base
 from shared.accounting import epsilon
 from shared.adapter import Arrays, load_shared, load_start, read_start
@@ -36,7 +39,9 @@ from shared.features import Features
 from shared.head import CausalHead, OutputLayer, RatingHead
 from shared.model import Base
 from shared.policy import Policy
+from shared.ranking_head import RankingHead
 from shared.scoring import text_predictions
+from shared.tagging_head import TaggingHead
 from shared.tasks import Targets
 
 OWNER = "owner"  # the name in the manifest; whoever opens the vault knows whose it is
@@ -114,7 +119,7 @@ def personalize(
     standing = _choose(home, prefix)
     campaign = _kept_campaign(home, standing.consent.policy)
     task, operators = campaign.scenario.task.name, (standing.consent.operator,)
-    kind: Any = "base" if task == "rating" else "lm-base"
+    kind: Any = "lm-base" if task == "generation" else "base"
     fleet = open_home_base(home, base_folder, kind=kind, operators=operators)
     start = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
     arrays, round_number = newest_shared(home, campaign.policy) or (start, 0)
@@ -133,7 +138,8 @@ def personalize(
     }
     texts = list(dict.fromkeys((*PROBES, *(record.text for record in records[:_OWN_PROBES] if record.text))))
     build = _BUILDERS[task]
-    files = build(bench, arrays, features, targets, texts, generator or np.random.default_rng(), settings)
+    generator = generator or np.random.default_rng()
+    files = build(bench, arrays, features, targets, texts, generator, settings, profile=read_profile(home))
     about = {
         "created": home.clock().isoformat(timespec="seconds"),
         "campaign": campaign.policy.campaign,
@@ -195,7 +201,7 @@ def _bench(campaign: Campaign) -> Workbench:
     return Workbench(campaign, base, head, head)
 
 
-def _rating_files(
+def _encoder_files(
     bench: Workbench,
     arrays: Arrays,
     features: Features,
@@ -203,15 +209,25 @@ def _rating_files(
     texts: Sequence[str],
     generator: np.random.Generator,
     settings: dict[str, Any],
+    *,
+    profile: Mapping[str, str],
 ) -> dict[str, bytes]:
     from client.export import build_head
 
-    del generator  # a closed form
-    head = cast(RatingHead, bench.head)
+    head, scenario = cast(RatingHead | TaggingHead, bench.head), bench.campaign.scenario
+    personal = scenario.personal
+    if type(head) is RatingHead:
+        more: dict[str, Any] = {"persona": scenario.persona, "profile": profile}
+        own = fit_private(head, arrays, features, targets, personal=personal, generator=generator, **more)
+        return build_head(**encoder_parts(head, own), probe_texts=texts, **settings)
     pooled, shared = text_predictions(head, arrays, features)
     said = targets.batch(np.arange(len(targets)), 0).numpy().astype(np.float64)
-    private = fit_output(head, pooled, shared, said, personal=bench.campaign.scenario.personal)
-    return build_head(**rating_parts(head, private), probe_texts=texts, **settings)
+    private: PrivateOutput | PrivateTags
+    if isinstance(head, TaggingHead):
+        private = fit_labels(head, pooled, shared, said, personal=personal)
+    else:
+        private = profile_of(cast(RankingHead, head), pooled, said, personal=personal)
+    return build_head(**encoder_parts(head, private), probe_texts=texts, **settings)
 
 
 def _language_files(
@@ -222,9 +238,12 @@ def _language_files(
     texts: Sequence[str],
     generator: np.random.Generator,
     settings: dict[str, Any],
+    *,
+    profile: Mapping[str, str],
 ) -> dict[str, bytes]:
     from client.export_lm import build_lm_head
 
+    del profile  # there are no personas of language models
     head, scenario = cast(CausalHead, bench.head), bench.campaign.scenario
     private = fit_lora(head, arrays, features, targets, personal=scenario.personal, generator=generator)
     load_shared(head, private)
@@ -232,10 +251,15 @@ def _language_files(
     return build_lm_head(**language_parts(head, bench.base, scenario), probe_texts=probes, **settings)
 
 
-_BUILDERS: dict[str, Callable[..., dict[str, bytes]]] = {"rating": _rating_files, "generation": _language_files}
+_BUILDERS: dict[str, Callable[..., dict[str, bytes]]] = {
+    "rating": _encoder_files,
+    "tagging": _encoder_files,
+    "ranking": _encoder_files,
+    "generation": _language_files,
+}
 
 
-def rating_parts(head: RatingHead, private: PrivateOutput) -> dict[str, Any]:
+def encoder_parts(head: RatingHead | TaggingHead, private: PrivateOutput | PrivateTags) -> dict[str, Any]:
     """What ``build_head`` needs of a head that holds shared arrays, and of a user's private output."""
     shared = head.output_layer()
     weight = (shared.weight + private.weight).astype("float32")

@@ -57,7 +57,9 @@ class FleetBase:
     Attributes:
         id: Short hash over everything that decides its outputs; see ``base_id``.
         slots: Optional inputs of the graph: name -> shape.
+        low: End of the scale of the predictions; ``high`` likewise.
         precision: ``fp32`` or ``int8``.
+        labels: What is predicted is one of them (K); none where it is a number.
     """
 
     id: str
@@ -69,9 +71,10 @@ class FleetBase:
     low: float
     high: float
     precision: str
+    labels: tuple[str, ...] = ()
 
     def run(self, texts: Sequence[str], *, adapter: Arrays | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Pooled features (n, d) and unclipped predictions (n,); without adapter those of the bare base."""
+        """Pooled features (n, d) and unclipped predictions (n,), or logits (n, K); without adapter the bare base's."""
         return self.run_tokens(self.encode(texts), adapter=adapter)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -83,7 +86,11 @@ class FleetBase:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As ``run``, of texts that are tokens already."""
         pooled, prediction = run_session(self.session, token_ids, adapter or {}, ("pooled", "prediction"))
-        return pooled, prediction.reshape(-1)
+        return pooled, prediction.reshape(self.shape(len(token_ids)))
+
+    def shape(self, texts: int) -> tuple[int, ...]:
+        """Of the predictions for so many texts."""
+        return (texts, len(self.labels)) if self.labels else (texts,)
 
 
 @dataclass(frozen=True)
@@ -101,16 +108,20 @@ class PersonalHead:
     manifest: Mapping[str, Any]
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
-        """Predictions (n,) float32 for texts, clipped to the task's scale.
+        """Predictions (n,) float32 for texts, clipped to the task's scale; or the probability of each label (n, K).
 
         Raises:
             HeadError: An output is not finite.
         """
-        clipped: np.ndarray = np.clip(self.raw(texts), self.base.low, self.base.high)
+        raw = self.raw(texts)
+        if self.base.labels:
+            above = np.exp(raw - raw.max(axis=1, keepdims=True))
+            return np.asarray(above / above.sum(axis=1, keepdims=True))
+        clipped: np.ndarray = np.clip(raw, self.base.low, self.base.high)
         return clipped
 
     def raw(self, texts: Sequence[str]) -> np.ndarray:
-        """Predictions (n,) before clipping; the export compares these with torch."""
+        """Predictions (n,) before clipping, or logits (n, K); the export compares these with torch."""
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of strings, got one string; put it in a list.")
         return self.base.run(texts, adapter=self.adapter)[1]
@@ -177,7 +188,7 @@ def check_known_answer(folder: Path, head: PersonalHead) -> None:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(path, f"unreadable known answer {error}") from None
     shapes = {wanted.shape, bare.shape}
-    if not (0 < tolerance <= limit and shapes == {(len(token_ids),)} and token_ids and all(token_ids)):
+    if not (0 < tolerance <= limit and shapes == {head.base.shape(len(token_ids))} and token_ids and all(token_ids)):
         raise damaged(path, "its known answer must have a tolerance, texts and as many predictions")
     if not (np.isfinite(wanted).all() and np.isfinite(bare).all()):
         raise damaged(path, "its known answer must be finite")
@@ -230,7 +241,8 @@ def open_base(folder: Path, *, threads: int = 1, signers: Collection[str] | None
     try:
         slots = {slot["name"]: parse_shape(slot["shape"]) for slot in manifest["slots"]}
         floats = all(slot["dtype"] == "float32" for slot in manifest["slots"])
-        low, high = float(manifest["task"]["low"]), float(manifest["task"]["high"])
+        labels = _labels_of(manifest["task"])
+        low, high = (0.0, 1.0) if labels else (float(manifest["task"][end]) for end in ("low", "high"))
         max_tokens = int(manifest["tokenizer"]["max_tokens"])
         base_sha256 = str(manifest["base_sha256"])
         precision = precision_of(manifest)
@@ -244,11 +256,24 @@ def open_base(folder: Path, *, threads: int = 1, signers: Collection[str] | None
         raise damaged(folder / MANIFEST, f"its id must be {wanted_id}, got {manifest.get('id')!r}")
     session = open_session(model, threads=threads, name=str(folder / MODEL))
     found = {arg.name: (tuple(arg.shape), arg.type) for arg in session.get_overridable_initializers()}
+    if slots.get("output.bias") != (max(1, len(labels)),):
+        raise damaged(folder / MANIFEST, "its task and its slots must have as many outputs")
     if not floats or found != {name: (shape, "tensor(float)") for name, shape in slots.items()}:
         raise damaged(folder / MANIFEST, "its slots are not the optional inputs of the model")
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length=max_tokens)
-    return FleetBase(wanted_id, model_sha256, base_sha256, session, tokenizer, slots, low, high, precision)
+    return FleetBase(wanted_id, model_sha256, base_sha256, session, tokenizer, slots, low, high, precision, labels)
+
+
+def _labels_of(task: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels a base tells apart, () where its task has none; or ValueError."""
+    if not isinstance(task, dict):
+        raise ValueError(f"task {task!r:.80}")
+    labels = task.get("labels", [])
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not texts or len(set(labels)) != len(labels) or (task.get("name") == "tagging" and len(labels) < 2):
+        raise ValueError(f"labels {labels!r:.80}")
+    return tuple(labels)
 
 
 def read_tokenizer(folder: Path, manifest: Mapping[str, Any]) -> Tokenizer:

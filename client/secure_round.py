@@ -10,6 +10,7 @@ from client.device import Device
 from client.secure_sum import Participant
 from shared.campaign import Campaign
 from shared.errors import RefusedError
+from shared.policy import num_values
 from shared.secure_sum import Parcels, Roster, Setting, Survivors
 from shared.wire import Request
 
@@ -30,7 +31,11 @@ def advertise(body: bytes, round_number: int, campaign: Campaign, device: Device
     device.ready(campaign, round_number)
     seat = int(body)
     participant = Participant.begin(
-        Setting(policy_sha256=policy.sha256, round_number=round_number, coordinates=policy.size),
+        Setting(
+            policy_sha256=policy.sha256,
+            round_number=round_number,
+            coordinates=num_values(policy.turn_slots(round_number)),
+        ),
         seat=seat,
         terms=policy.secure_sum.terms,
         sign=device.signer(campaign, seat),

@@ -40,7 +40,6 @@ def resident_base(reference: str, device: str = "cpu") -> Base:
     return base
 
 
-@lru_cache(maxsize=4)
 def resident_dataset(data: DataConfig, *, held_out: float = 0.0) -> Dataset:
     """The users of a simulation, read once per process: all, or the part of them that it is about.
 
@@ -48,7 +47,13 @@ def resident_dataset(data: DataConfig, *, held_out: float = 0.0) -> Dataset:
         data: Which data.
         held_out: Share of every user's records that nobody trains on.
     """
-    everybody = read(data.format, resolve(data.source))
+    return _resident_dataset(data.model_dump_json(), held_out)  # a map of columns has no hash
+
+
+@lru_cache(maxsize=4)
+def _resident_dataset(settings: str, held_out: float) -> Dataset:
+    data = DataConfig.model_validate_json(settings)
+    everybody = read(data.format, resolve(data.source), columns=data.columns, min_records=data.min_records)
     return hold_out(choose_users(everybody, data.users, tuning_share=data.tuning_share), held_out)[0]
 
 

@@ -23,7 +23,7 @@ from shared.files import flush_folder
 SOURCE = "source.json"
 AddedRecords = Literal["next-round", "next-campaign"]
 # What a record must have to be of use; a source whose columns do not give it has nothing for that task.
-NEEDED: Mapping[str, str] = {"rating": "target", "generation": "response"}
+NEEDED: Mapping[str, str] = {"rating": "target", "tagging": "target", "ranking": "target", "generation": "response"}
 _FIXED = "fixed-records/"  # in the vault, one file a campaign whose records are fixed
 _DIGEST_BYTES = 32
 

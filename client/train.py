@@ -1,14 +1,15 @@
 """The local training step, differential privacy included, on one screen."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 from opacus import GradSampleModule
+from torch import nn
 
 from client.optimizer import make_optimizer
-from shared.adapter import Arrays, load_shared, read_shared, shared_parameters
+from shared.adapter import Arrays, load_shared, private_parameters, read_shared, shared_parameters
 from shared.clipping import clip_by_norm
 from shared.errors import PrivacyError, RefusedError
 from shared.features import Features, micro_batches
@@ -34,11 +35,16 @@ def train_shared(
     policy: Policy,
     micro_batch: int,
     randomness: Randomness,
+    round_number: int = 1,
 ) -> Arrays:
     """Take the policy's steps from the server's arrays and return the change, and nothing else.
 
+    Tensors that a device keeps (``policy.private``) are trained in the same steps, from what the head holds; at unit
+    record they are clipped and noised with the shared ones as one vector, so that what is kept tells no more of a
+    record than what is sent. They are left in the head.
+
     Args:
-        module: The head, from ``make_trainable``; its trainable tensors are overwritten.
+        module: The head, from ``make_trainable``; its shared tensors are overwritten.
         start: The shared arrays of the request.
         features: Prepared backbone outputs of this device's records (n of them, 0 is allowed).
         targets: What they are to predict.
@@ -46,10 +52,12 @@ def train_shared(
         micro_batch: Tokens per forward pass, padding included; moves the last bits of the sum alone, and at 1, where
             every record has a pass of its own, no record moves another's gradient at all.
         randomness: Source of the Poisson draws and of the noise.
+        round_number: Which of the shared tensors have their turn.
 
     Returns:
-        Slot name -> change after ``policy.steps`` steps. At unit record it is noised and of L2 norm at most
-        ``policy.max_update_norm``; at unit user it is neither, may be NaN, and leaves through ``contribute`` alone.
+        Name of every slot of the turn -> change after ``policy.steps`` steps. At unit record it is noised and of L2
+        norm at most ``policy.max_update_norm``; at unit user it is neither, may be NaN, and leaves through
+        ``contribute`` alone.
 
     Raises:
         RefusedError: The noised state is not finite.
@@ -61,9 +69,10 @@ def train_shared(
     head = module._module if isinstance(module, GradSampleModule) else module
     device = head.device
     load_shared(head, start)
-    parameters = list(shared_parameters(head).values())
+    shared, turn = shared_parameters(head), [slot.name for slot in policy.turn_slots(round_number)]
+    parameters = [*(shared[name] for name in turn), *private_parameters(head).values()]
     optimizer = make_optimizer(parameters, policy, randomness, records=len(targets))
-    with quiet_hooks():
+    with quiet_hooks(), _frozen([parameter for name, parameter in shared.items() if name not in turn]):
         for _ in range(policy.steps):
             rows = _draw(len(targets), policy.sampling_rate, randomness)
             for batch in micro_batches(rows, features.lengths, micro_batch):
@@ -76,12 +85,24 @@ def train_shared(
                 optimizer.step()
             except PrivacyError:
                 raise RefusedError("NOT_FINITE") from None
-    update = {name: after - start[name] for name, after in read_shared(head).items()}
+    update = {name: after - start[name] for name, after in read_shared(head).items() if name in turn}
     if policy.unit == "user" and policy.trust != "none":
         return update
     if not all(np.isfinite(change).all() for change in update.values()):
         raise RefusedError("NOT_FINITE")
     return clip_by_norm(update, clip_norm=policy.max_update_norm)[0]
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Leave out the tensors whose turn it is not."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

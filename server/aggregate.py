@@ -14,9 +14,9 @@ from shared.policy import Policy
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What a server optimiser carries from round to round: steps taken, first and second moments (float64)."""
+    """What a server optimiser carries from round to round, by slot: steps taken, first and second moments (float64)."""
 
-    step: int = 0
+    steps: Mapping[str, int] = field(default_factory=dict)
     first: Mapping[str, np.ndarray] = field(default_factory=dict)
     second: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -48,18 +48,19 @@ def mean_update(updates: Iterable[Mapping[str, np.ndarray]], *, denominator: int
     return {name: array / denominator for name, array in total.items()}
 
 
-def mean_of_sum(total: np.ndarray, *, policy: Policy) -> dict[str, np.ndarray]:
+def mean_of_sum(total: np.ndarray, *, policy: Policy, round_number: int) -> dict[str, np.ndarray]:
     """The mean change that a noised sum of contributions stands for.
 
     Args:
         total: (P,) integers, in steps of the policy's grid.
         policy: Grid, cohort size, slots.
+        round_number: Which of them it changes.
 
     Returns:
         Slot name -> float64 array: the sum over the policy's cohort size, however many contributed (rule P2).
     """
     mean = total.astype(np.float64) * (float(policy.grid or 0) / policy.cohort_size)
-    slots = policy.array_slots()
+    slots = policy.turn_slots(round_number)
     parts = np.split(mean, np.cumsum([math.prod(slot.shape) for slot in slots])[:-1])
     return {slot.name: part.reshape(slot.shape) for slot, part in zip(slots, parts, strict=True)}
 
@@ -100,7 +101,7 @@ def momentum_step(
     Args:
         arrays: The shared arrays, float32.
         state: ``first`` is the velocity; empty mappings before the first round.
-        update: The mean update, float64.
+        update: The mean update, float64, of all or some of the arrays; the others stay, and so does their state.
         federation: ``server_learning_rate``, ``lora_learning_rate_factor`` and ``server_momentum``.
 
     Returns:
@@ -109,8 +110,8 @@ def momentum_step(
     Source:
         FedAvgM, Hsu et al. 2019, arXiv:1909.06335, Algorithm 1.
     """
-    first = {name: federation.server_momentum * state.first.get(name, 0.0) + update[name] for name in arrays}
-    return _move(arrays, first, federation), OptimizerState(state.step + 1, first, {})
+    first = {name: federation.server_momentum * state.first.get(name, 0.0) + update[name] for name in update}
+    return _move(arrays, first, federation), OptimizerState(_one_more(state, update), {**state.first, **first})
 
 
 def adam_step(
@@ -125,22 +126,26 @@ def adam_step(
         FedAdam, Reddi et al. 2021, arXiv:2003.00295, Algorithm 2, with the bias correction of Kingma & Ba 2015.
     """
     beta1, beta2 = federation.server_momentum, federation.adam_beta2
-    step = state.step + 1
-    first = {n: beta1 * state.first.get(n, 0.0) + (1 - beta1) * update[n] for n in arrays}
-    second = {n: beta2 * state.second.get(n, 0.0) + (1 - beta2) * update[n] ** 2 for n in arrays}
-    direction = {
-        name: (first[name] / (1 - beta1**step)) / (np.sqrt(second[name] / (1 - beta2**step)) + federation.adam_epsilon)
-        for name in arrays
-    }
-    return _move(arrays, direction, federation), OptimizerState(step, first, second)
+    steps = _one_more(state, update)
+    first = {n: beta1 * state.first.get(n, 0.0) + (1 - beta1) * update[n] for n in update}
+    second = {n: beta2 * state.second.get(n, 0.0) + (1 - beta2) * update[n] ** 2 for n in update}
+    unbiased = {n: (first[n] / (1 - beta1 ** steps[n]), second[n] / (1 - beta2 ** steps[n])) for n in update}
+    direction = {n: mean / (np.sqrt(square) + federation.adam_epsilon) for n, (mean, square) in unbiased.items()}
+    moments = {**state.first, **first}, {**state.second, **second}
+    return _move(arrays, direction, federation), OptimizerState(steps, *moments)
+
+
+def _one_more(state: OptimizerState, update: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {**state.steps, **{name: state.steps.get(name, 0) + 1 for name in update}}
 
 
 def _move(arrays: Arrays, direction: Mapping[str, np.ndarray], federation: FederationConfig) -> Arrays:
     rate = federation.server_learning_rate
-    rates = {
-        name: rate if name.startswith("output.") else rate * federation.lora_learning_rate_factor for name in arrays
+    rates = {name: rate * federation.lora_learning_rate_factor if "lora_" in name else rate for name in arrays}
+    return {
+        name: (array + rates[name] * direction[name]).astype(np.float32) if name in direction else array
+        for name, array in arrays.items()
     }
-    return {name: (array + rates[name] * direction[name]).astype(np.float32) for name, array in arrays.items()}
 
 
 SERVER_OPTIMIZERS = {"momentum": momentum_step, "adam": adam_step}

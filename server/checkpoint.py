@@ -108,7 +108,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     payload = save({f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()})
     state: dict[str, Any] = {
         "round": checkpoint.round_number,
-        "optimizer_step": checkpoint.optimizer.step,
+        "optimizer_steps": dict(checkpoint.optimizer.steps),
         "policy_sha256": checkpoint.policy_sha256,
         "participations": {str(seat): count for seat, count in checkpoint.participations.items()},
         "answered": {str(seat): count for seat, count in checkpoint.answered.items()},
@@ -159,7 +159,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             total=Counts(**state["total"]),
             rolled_back_to=state.get("rolled_back_to"),  # checkpoints of earlier versions have none
             arrays=parts["arrays"],
-            optimizer=OptimizerState(int(state["optimizer_step"]), parts["first"], parts["second"]),
+            optimizer=OptimizerState(dict(state["optimizer_steps"]), parts["first"], parts["second"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CampaignError(f"{path} must be a readable checkpoint: {error}.") from None

@@ -40,7 +40,7 @@ def check_reply(
     """
     update = _echoed(
         message,
-        lambda content: wire.unpack_reply(content, policy.reply_slots()),
+        lambda content: wire.unpack_reply(content, policy.reply_slots(round_number)),
         policy_sha256=policy_sha256,
         round_number=round_number,
         accept_seeded=accept_seeded,

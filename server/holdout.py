@@ -22,7 +22,8 @@ from shared.errors import DataError
 from shared.features import Features, cached_features
 from shared.head import Head
 from shared.model import Base, load_base
-from shared.scoring import response_scores, rmse, text_predictions
+from shared.scoring import cross_entropy, response_scores, rmse, text_predictions
+from shared.tagging_metrics import score_tags
 from shared.tasks import TASKS, Labels, Scores, Targets
 
 _SAMPLE_SEED = 5
@@ -141,6 +142,17 @@ def _check_records(holdout: Holdout, scenario: Scenario) -> None:
     low, high = scenario.task.low, scenario.task.high
     if scenario.task.name == "rating" and not all(low <= record.target <= high for record in holdout.records):
         raise DataError(f"ratings of a hold-out must be from {low:g} to {high:g}, in {holdout.source} one is not.")
+    liked = any(record.target >= scenario.task.liked for record in holdout.records)
+    if scenario.task.name == "ranking" and not liked:
+        raise DataError(
+            f"a hold-out must hold a record with a target of task.liked or more, {holdout.source} has none."
+        )
+    places = range(len(scenario.task.labels))
+    if scenario.task.name == "tagging" and not all(record.target in places for record in holdout.records):
+        raise DataError(
+            f"targets of a hold-out must be places in task.labels, 0 to {len(places) - 1}, in {holdout.source} one is "
+            "not."
+        )
 
 
 def _encode(base: Base, records: Sequence[Record], scenario: Scenario, *, cache: Path) -> tuple[Features, Targets]:
@@ -163,6 +175,18 @@ def _score_ratings(
     return rmse(predicted, wanted), {"mae": float(np.mean(np.abs(predicted - wanted)))}
 
 
+def _score_labels(
+    head: Any, arrays: Arrays, features: Features, targets: Targets, scenario: Scenario
+) -> tuple[float, Mapping[str, float]]:
+    """Mean cross-entropy, which a go or no-go is judged by; accuracy and macro-F1."""
+    _, logits = text_predictions(head, arrays, features)
+    wanted = targets.batch(np.arange(len(targets)), 0).numpy().astype(np.int64)
+    nobody = np.zeros_like(wanted)  # records of a hold-out are nobody's
+    found = score_tags(logits.argmax(1), wanted, nobody, labels=len(scenario.task.labels), seed=0, resamples=1)
+    others = {name: found[name].value for name in ("accuracy", "macro_f1")}
+    return float(np.mean(cross_entropy(logits, wanted))), others
+
+
 def _score_responses(
     head: Any, arrays: Arrays, features: Features, targets: Targets, scenario: Scenario
 ) -> tuple[float, Mapping[str, float]]:
@@ -172,9 +196,20 @@ def _score_responses(
     return scores.perplexity, {"token_accuracy": float(scores.hits.sum() / scores.tokens.sum())}
 
 
-_METRIC = {"rating": "rmse", "generation": "perplexity"}
+def _score_liked(
+    head: Any, arrays: Arrays, features: Features, targets: Targets, scenario: Scenario
+) -> tuple[float, Mapping[str, float]]:
+    """Mean negative log-likelihood of liked texts among the catalogue."""
+    _, scores = text_predictions(head, arrays, features)
+    wanted = targets.batch(np.arange(len(targets)), 0).numpy()
+    return float(np.mean(head.log_sum() - scores[wanted >= scenario.task.liked])), {}
+
+
+_METRIC = {"rating": "rmse", "tagging": "cross_entropy", "ranking": "cross_entropy", "generation": "perplexity"}
 _SCORERS: dict[str, Callable[[Head, Arrays, Features, Targets, Scenario], tuple[float, Mapping[str, float]]]] = {
     "rating": _score_ratings,
+    "tagging": _score_labels,
+    "ranking": _score_liked,
     "generation": _score_responses,
 }
 

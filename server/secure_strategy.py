@@ -15,7 +15,7 @@ from server.strategy import EqualWeights
 from shared import wire
 from shared.enrolment import check_device_signature
 from shared.errors import SecureSumError, VoidRoundError
-from shared.policy import SUM
+from shared.policy import SUM, num_values
 from shared.secure_sum import Advert, Credential, Parcels, Setting, Shares, signed_message
 
 
@@ -53,7 +53,11 @@ class SecureWeights(EqualWeights):
         if policy.secure_sum is None:
             raise ValueError("a secure sum needs the policy's terms.")
         cohort = list(self._cohort.values())
-        self._setting = Setting(policy_sha256=self._policy_sha256, round_number=server_round, coordinates=policy.size)
+        self._setting = Setting(
+            policy_sha256=self._policy_sha256,
+            round_number=server_round,
+            coordinates=num_values(policy.turn_slots(server_round)),
+        )
         self._collector = collector = Collector(
             self._setting,
             policy.secure_sum.terms,
@@ -104,7 +108,8 @@ class SecureWeights(EqualWeights):
             self._check_faults(server_round)
             total = collector.total()
         self.accepted = len(survivors)
-        self._advance(server_round, mean_of_sum(ring_sum([total]), policy=self.campaign.policy), survivors)
+        mean = mean_of_sum(ring_sum([total]), policy=self.campaign.policy, round_number=server_round)
+        self._advance(server_round, mean, survivors)
         return None, None
 
     def _signed(self, seat: int, advert: Advert) -> Advert:

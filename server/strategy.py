@@ -202,9 +202,10 @@ class EqualWeights(Strategy):
         ordered = [updates[seat] for seat in sorted(updates)]
         if policy.trust == "central":
             total = noised_sum((each[SUM] for each in ordered), randomness=self._noise(server_round))
-            return mean_of_sum(total, policy=policy)
+            return mean_of_sum(total, policy=policy, round_number=server_round)
         if policy.trust == "distributed":
-            return mean_of_sum(ring_sum(each[SUM] for each in ordered), policy=policy)
+            total = ring_sum(each[SUM] for each in ordered)
+            return mean_of_sum(total, policy=policy, round_number=server_round)
         return mean_update(ordered, denominator=policy.cohort_size)
 
     def _advance(self, server_round: int, mean: Mapping[str, np.ndarray], answered: Iterable[int]) -> None:

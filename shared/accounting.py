@@ -52,7 +52,8 @@ def epsilon(mechanism: AnyMechanism, *, delta: float, discretization: float = 1e
         Not below the true epsilon, since a coarser grid only raises it. One step more never lowers it.
 
     Source:
-        Google dp-accounting; Doroshenko et al. 2022, arXiv:2207.04380 (connect the dots). Discrete noise is priced as
+        Google dp-accounting; Doroshenko et al. 2022, arXiv:2207.04380 (connect the dots). A choice made once adds its
+        own epsilon (basic composition, Dwork et al. 2006). Discrete noise is priced as
         the Gaussian's plus what ``grid_excess`` proves. Noise in shares: ``shared/zcdp.py``.
     """
     check_delta(delta)
@@ -97,10 +98,11 @@ def grid_excess(mechanism: Mechanism, *, epsilon: float, delta: float) -> float:
 
 def _price_all(mechanism: Mechanism, delta: float, discretization: float) -> float:
     """Price of continuous noise, and what discrete noise adds to it."""
+    once = mechanism.choice_epsilon
     if not mechanism.coordinates:
-        return _refined_price(mechanism, delta, discretization)
+        return once + _refined_price(mechanism.continuous, delta, discretization)
     continuous = _refined_price(mechanism.continuous, delta * (1 - 1e-4), discretization)
-    return continuous + grid_excess(mechanism, epsilon=continuous, delta=delta)
+    return once + continuous + grid_excess(mechanism, epsilon=continuous, delta=delta)
 
 
 def epsilon_by_participation(mechanism: AnyMechanism, *, delta: float) -> list[float]:
@@ -139,6 +141,7 @@ def calibrate_noise(
     max_participations: int,
     coordinates: int = 0,
     grid_sigma: float = math.inf,
+    choice_epsilon: float = 0.0,
 ) -> float:
     """Find the smallest noise multiplier whose certified epsilon is within the target.
 
@@ -150,6 +153,7 @@ def calibrate_noise(
         max_participations: See ``Mechanism``.
         coordinates: See ``Mechanism``.
         grid_sigma: See ``Mechanism``.
+        choice_epsilon: See ``Mechanism``; below ``epsilon``.
 
     Returns:
         The noise multiplier; its epsilon lies within .2 % below the target.
@@ -166,7 +170,12 @@ def calibrate_noise(
     """
     _check_target(epsilon)
     check_delta(delta)
-    unit = Mechanism(1.0, sampling_rate, steps, max_participations, coordinates, grid_sigma)
+    unit = Mechanism(1.0, sampling_rate, steps, max_participations, coordinates, grid_sigma, choice_epsilon)
+    if not choice_epsilon < epsilon:
+        raise PrivacyError(
+            f"persona.epsilon must be below privacy.epsilon, {epsilon:g}, out of which it is spent, got "
+            f"{choice_epsilon:g}."
+        )
     if delta >= unit.chance_of_a_draw:
         raise PrivacyError(
             f"privacy.delta must be below the chance that a record is ever sampled, got {delta}: "
@@ -176,10 +185,10 @@ def calibrate_noise(
     def search(start: float, price: Callable[[Mechanism], float]) -> float:
         return _smallest_noise(lambda noise: price(replace(unit, noise_multiplier=noise)), start=start, target=epsilon)
 
-    noise = _guess_noise(epsilon, delta, unit)
+    noise = _guess_noise(epsilon - choice_epsilon, delta, unit)
     for share in (4e-3, 4e-4):
         grid = max(1e-4, share * epsilon)
-        noise = search(noise, lambda m, grid=grid: _price(m.continuous, delta, grid))  # type: ignore[misc]
+        noise = search(noise, lambda m, grid=grid: choice_epsilon + _price(m.continuous, delta, grid))  # type: ignore[misc]
     return search(noise, lambda m: _price_all(m, delta, 1e-4))  # as a rule a single evaluation
 
 
@@ -241,7 +250,8 @@ def epsilon_together(mechanisms: Sequence[AnyMechanism], *, delta: float) -> flo
     for other in rest:
         first = first.compose(other)
     together = float(first.get_epsilon_for_delta(delta * (1 - 1e-4)))
-    return together + sum(grid_excess(mechanism, epsilon=together, delta=delta) for mechanism in alone)
+    besides = (grid_excess(each, epsilon=together, delta=delta) + each.choice_epsilon for each in alone)
+    return together + sum(besides)
 
 
 def _check_target(epsilon: float) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from shared.errors import CampaignError
 from shared.features import Features
 from shared.head import Head
+from shared.lora import part_of
 
 Scope = Literal["global", "persona", "private"]
 Arrays = dict[str, np.ndarray]
@@ -43,46 +44,88 @@ def wire_name(parameter_name: str, *, first_block: int) -> str:
     return ".".join(parts)
 
 
-def _named(head: Head, *, trainable: bool) -> dict[str, nn.Parameter]:
-    """Trainable parameters, or those of the public start (trainable or not), by wire name in a fixed order."""
+def _named(head: Head, kind: Literal["shared", "private", "start"]) -> dict[str, nn.Parameter]:
+    """Parameters that are shared, trained and kept, or of the public start (trained or not), by wire name, sorted."""
     known = _NAMED.setdefault(head, {})  # a walk over all modules, and a device's round would take four
-    if trainable not in known:
+    if kind not in known:
+        parts = {"shared": head.trained.shared, "private": frozenset(head.trained.private), "start": None}[kind]
         found = {}
         for name, parameter in head.named_parameters():
             of_start = "lora_" in name or not name.startswith("blocks.")
-            if parameter.requires_grad if trainable else of_start:
+            if of_start and (parts is None or part_of(name) in parts):
                 found[wire_name(name, first_block=head.first_block)] = parameter
-        known[trainable] = dict(sorted(found.items()))
-    return known[trainable]
+        known[kind] = dict(sorted(found.items()))
+    return known[kind]
 
 
-_NAMED: WeakKeyDictionary[Head, dict[bool, dict[str, nn.Parameter]]] = WeakKeyDictionary()
+_NAMED: WeakKeyDictionary[Head, dict[str, dict[str, nn.Parameter]]] = WeakKeyDictionary()
 
 
 def shared_parameters(head: Head) -> dict[str, nn.Parameter]:
-    """The trainable parameters by wire name, in the order of the slots."""
-    return _named(head, trainable=True)
+    """The parameters that travel, by wire name, in the order of the slots."""
+    return _named(head, "shared")
+
+
+def private_parameters(head: Head) -> dict[str, nn.Parameter]:
+    """The parameters that are trained in the step of the shared ones and never leave a device, by wire name."""
+    return _named(head, "private")
+
+
+def trained_slots(head: Head) -> tuple[Slot, ...]:
+    """Name, shape, dtype and scope of every tensor a campaign trains: the shared ones, then those a device keeps."""
+    shared = (
+        Slot(name, tuple(p.shape), "float32", "persona" if part_of(name) == "persona" else "global")
+        for name, p in shared_parameters(head).items()
+    )
+    private = (Slot(name, tuple(p.shape), "float32", "private") for name, p in private_parameters(head).items())
+    return (*shared, *private)
 
 
 def shared_slots(head: Head) -> tuple[Slot, ...]:
-    """Name, shape, dtype and scope of every trainable tensor, in a fixed order."""
-    return tuple(Slot(n, tuple(p.shape), "float32", "global") for n, p in shared_parameters(head).items())
+    """Name, shape, dtype and scope of every tensor that travels, in a fixed order."""
+    return tuple(slot for slot in trained_slots(head) if slot.scope != "private")
 
 
 def read_shared(head: Head) -> Arrays:
-    """Copy the trainable tensors out of the head."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in shared_parameters(head).items()}
+    """Copy the tensors that travel out of the head."""
+    return _read(shared_parameters(head))
 
 
 def load_shared(head: Head, arrays: Mapping[str, np.ndarray]) -> None:
-    """Copy trainable tensors into the head.
+    """Copy the tensors that travel into the head.
 
     Raises:
         CampaignError: Names, order, shapes or dtypes are not the head's, or a value is not finite.
     """
-    check_arrays(arrays, shared_slots(head))
+    _load(shared_parameters(head), arrays)
+
+
+def read_private(head: Head) -> Arrays:
+    """Copy the tensors a device keeps out of the head."""
+    return _read(private_parameters(head))
+
+
+def load_private(head: Head, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy the tensors a device keeps into the head; errors as of ``load_shared``."""
+    _load(private_parameters(head), arrays)
+
+
+def forget_device(head: Head) -> None:
+    """Put the tensors a device keeps back to zero and weigh the personas alike, as every device begins."""
     with torch.no_grad():
-        for name, parameter in shared_parameters(head).items():
+        for parameter in private_parameters(head).values():
+            parameter.zero_()
+    head.weigh_alike()
+
+
+def _read(parameters: Mapping[str, nn.Parameter]) -> Arrays:
+    return {name: p.detach().cpu().numpy().copy() for name, p in parameters.items()}
+
+
+def _load(parameters: Mapping[str, nn.Parameter], arrays: Mapping[str, np.ndarray]) -> None:
+    check_arrays(arrays, [Slot(name, tuple(p.shape), "float32", "global") for name, p in parameters.items()])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(arrays[name])))
 
 
@@ -113,11 +156,14 @@ def check_arrays(arrays: Mapping[str, np.ndarray], slots: Sequence[Slot]) -> Non
 def make_start(head: Head, public: Features, *, ridge: float, seed: int) -> Arrays:
     """Compute the campaign's public start: whitening and kernel of public texts, LoRA A of a public seed, else zeros.
 
+    Personas, a user's factors and an output that stays frozen start at random: equal personas would never part, and
+    below an output of zero nothing learns.
+
     Args:
         head: A fresh head; left with the start loaded.
         public: Backbone outputs of the texts the policy names as public.
         ridge: Of the whitening, where the head has one (``RatingHead.whiten``).
-        seed: Public seed of LoRA's A.
+        seed: Public seed of what is drawn.
 
     Raises:
         ScenarioError: Too few public texts for this head.
@@ -125,16 +171,19 @@ def make_start(head: Head, public: Features, *, ridge: float, seed: int) -> Arra
     head.whiten(public, ridge=ridge)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in _named(head, trainable=False).items():
+        for name, parameter in _named(head, "start").items():
+            spread = head.drawn_at_start(part_of(name))
             if name.endswith("lora_A"):
                 drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
                 parameter.copy_(drawn)
+            elif spread:
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
     return read_start(head)
 
 
 def read_start(head: Head) -> Arrays:
     """Copy every tensor of the public start out of the head."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in _named(head, trainable=False).items()}
+    return _read(_named(head, "start"))
 
 
 def load_start(head: Head, arrays: Mapping[str, np.ndarray]) -> None:
@@ -143,8 +192,4 @@ def load_start(head: Head, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         CampaignError: It is not a start of this head.
     """
-    parameters = _named(head, trainable=False)
-    check_arrays(arrays, [Slot(n, tuple(p.shape), "float32", "global") for n, p in parameters.items()])
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(np.array(arrays[name])))
+    _load(_named(head, "start"), arrays)

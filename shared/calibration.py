@@ -5,9 +5,10 @@ import math
 
 from shared.accounting import calibrate_distributed, calibrate_noise
 from shared.adapter import Arrays, Slot
-from shared.compatible import check_compatible, choices, extensions
+from shared.compatible import check_compatible, choices, extensions, priced_choice
 from shared.config import PrivacyConfig, Scenario
 from shared.errors import PrivacyError
+from shared.lora import trained_parts
 from shared.noise import GRID_SIGMA
 from shared.policy import (
     PROTOCOL,
@@ -19,6 +20,7 @@ from shared.policy import (
     grid_of,
     hash_arrays,
     hash_settings,
+    num_values,
 )
 from shared.promise import check_grid
 from shared.secure_graph import make_terms
@@ -66,7 +68,11 @@ def make_policy(
             f"{clients} clients, got {privacy.max_participations}; raise it (at the price of more noise) or ask fewer."
         )
     private = privacy.trust != "none"
-    size = sum(math.prod(slot.shape) for slot in slots)
+    shared = [slot for slot in slots if slot.scope != "private"]
+    kept = [slot for slot in slots if slot.scope == "private"]
+    size = num_values(slots if privacy.unit == "record" else shared)
+    turns = trained_parts(scenario).turns
+    choice_epsilon = scenario.persona.epsilon if priced_choice(scenario) else None
     noise_multiplier, terms = 0.0, None
     if private:
         if privacy.delta > 1 / (10 * clients):
@@ -90,6 +96,7 @@ def make_policy(
                 max_participations=privacy.max_participations,
                 coordinates=size,
                 grid_sigma=GRID_SIGMA,
+                choice_epsilon=choice_epsilon or 0.0,
             )
     policy = Policy(
         protocol=PROTOCOL,
@@ -122,7 +129,10 @@ def make_policy(
         base_sha256=base_sha256,
         start_sha256=hash_arrays(start),
         public_texts_sha256=hashlib.sha256("\0".join(public_texts).encode()).hexdigest(),
-        slots=tuple((slot.name, slot.shape) for slot in slots),
+        slots=tuple((slot.name, slot.shape) for slot in shared),
+        turns=turns if len(turns) > 1 else (),
+        choice_epsilon=choice_epsilon,
+        private=tuple((slot.name, slot.shape) for slot in kept),
         extensions=(*extensions(scenario), *([base_extension] if base_extension else [])),
     )
     if private:

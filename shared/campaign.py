@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from shared.adapter import Arrays, shared_slots
+from shared.adapter import Arrays, trained_slots
 from shared.compatible import check_compatible, check_extensions, check_family, choices
 from shared.config import Scenario, load_scenario
 from shared.errors import CampaignError, PrivacyError
@@ -53,9 +53,12 @@ class Campaign:
             )
         check_family(self.policy, base.extension)
         head = make_head(base, self.scenario, public_texts=len(self.start.get(ANCHORS, ())))
-        found = tuple((slot.name, slot.shape) for slot in shared_slots(head))
-        if found != self.policy.slots:
-            raise CampaignError(f"what trains must be the policy's slots {self.policy.slots}, the head has {found}.")
+        if trained_slots(head) != (*self.policy.array_slots(), *self.policy.private_slots()):
+            found = tuple((slot.name, slot.shape) for slot in trained_slots(head))
+            raise CampaignError(
+                f"what trains must be the policy's slots {self.policy.slots + self.policy.private}, the head has "
+                f"{found}."
+            )
         return head
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shared.config import Scenario
+from shared.config import PERSONAL_NAMES, Scenario
 from shared.datasets import READERS
 from shared.errors import CampaignError, PrivacyError
 from shared.lora import FEDERATION_METHODS, TECHNIQUES
@@ -18,11 +18,11 @@ _FAMILY = KINDS["families"]
 PROMISES = (("record", "local"), ("user", "distributed"), ("user", "central"))  # unit and trust that have a mechanism
 
 # Rule P1. At user level a device's whole change is clipped, whatever it read, and nothing else leaves: any method may
-# be combined. At record level the shared step reads base, public start, shared tensors, policy and raw records, never a
-# tensor trained without noise on the same records. A federation method is data (``FederationMethod``) and cannot read
+# be combined. At record level the shared step reads base, public start, shared tensors, policy, raw records and those
+# private tensors that are trained in that very step, clipped and noised with the shared ones (``PRIVATE_PARTS``); never
+# a tensor trained without noise on the same records. A federation method is data (``FederationMethod``) and cannot read
 # more, a technique adds trainable factors of the shared tensors and nothing else (``inject``); a personal method says
-# of itself whether it is read. Ours are named here, for a server has no client code.
-SEQUENTIAL: tuple[str, ...] = ("none", "fine-tune")
+# of itself whether what it fits after the federation is read. Ours never is, and a server has no client code to ask.
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,32 @@ def check_compatible(chosen: Choices) -> None:
         raise PrivacyError(
             f"personal.method = {chosen.personal_method!r} with federation.method = {chosen.federation_method!r} and "
             f"adapter.technique = {chosen.technique!r} is not private at unit {chosen.unit!r}; allowed personal "
-            f"methods here: {list(SEQUENTIAL)}, or one that declares read_by_shared_step = False."
+            f"methods here: {list(PERSONAL_NAMES)}, or one that declares read_by_shared_step = False."
         )
 
 
 def read_by_shared_step(personal_method: str) -> object:
     """What a personal method declares; only ``False`` means that shared training never reads what it fits."""
-    ours = dict.fromkeys(SEQUENTIAL, False)
-    if check_name("personal_methods", personal_method, ours) is None:
+    if check_name("personal_methods", personal_method, PERSONAL_NAMES) is None:
         return False
     return getattr(lookup("personal_methods", personal_method, {}, object), "read_by_shared_step", None)
+
+
+def priced_choice(scenario: Scenario) -> bool:
+    """Whether a device's persona is chosen by its records where single records are protected: that has a price.
+
+    At user level the choice is hidden with the rest of a contribution: those of other personas are zeros in one vector
+    that is clipped and noised as a whole. What a user declares is no function of records.
+    """
+    privacy, persona = scenario.privacy, scenario.persona
+    return persona.count > 0 and persona.choice == "loss" and (privacy.unit, privacy.trust) == ("record", "local")
 
 
 def extensions(scenario: Scenario) -> tuple[str, ...]:
     """Every choice of a scenario that is not built in, with its package: ``personal method 'x' of PACKAGE VERSION``."""
     chosen = (
         ("federation_methods", scenario.federation.method, FEDERATION_METHODS),
-        ("personal_methods", scenario.personal.method, SEQUENTIAL),
+        ("personal_methods", scenario.personal.method, PERSONAL_NAMES),
         ("techniques", scenario.adapter.technique, TECHNIQUES),
         ("readers", scenario.data.format, READERS),
     )

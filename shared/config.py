@@ -40,8 +40,20 @@ def _named(kind: str, *built_in: str, setting: str) -> AfterValidator:
 
 
 # Names, where the dict stands beside functions that need torch; a test compares the two.
-FederationMethodName = Annotated[str, _named("federation_methods", "fedavg", "ffa-lora", setting="federation.method")]
-PersonalMethodName = Annotated[str, _named("personal_methods", "none", "fine-tune", setting="personal.method")]
+FEDERATION_NAMES = ("fedavg", "ffa-lora", "rolora", "ifca")
+PERSONAL_NAMES = (
+    "none",
+    "fine-tune",
+    "ditto",
+    "feddpa",
+    "fedbabu",
+    "fedper",
+    "fedsa-lora",
+    "user-embedding",
+    "retrieval",
+)
+FederationMethodName = Annotated[str, _named("federation_methods", *FEDERATION_NAMES, setting="federation.method")]
+PersonalMethodName = Annotated[str, _named("personal_methods", *PERSONAL_NAMES, setting="personal.method")]
 FormatName = Annotated[str, _named("readers", *READERS, setting="data.format")]
 TechniqueName = Annotated[str, _named("techniques", "lora", setting="adapter.technique")]
 MetricName = Annotated[str, _named("metrics", *METRICS, setting="evaluation.metrics")]
@@ -58,16 +70,22 @@ class DataConfig(Settings):
 
     format: FormatName = "movielens-100k"
     source: str = "asset:ml-100k"  # asset:NAME, or a folder that holds the published files
+    columns: dict[str, str] = {}  # format jsonl, csv, parquet: field of a record, or "user" -> column of the files
+    min_records: Count = 1  # users with fewer are left out, as publishers of data sets do
     users: Literal["all", "tuning", "campaign"] = "all"  # tuning: for choosing constants; campaign: all others
     tuning_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the users, by a public hash of their ids
 
 
 class TaskConfig(Settings):
-    """What is predicted from a text: a rating on a public scale, or the next utterance."""
+    """What is predicted from a text: a rating on a public scale, a public tag, whether it is liked, or an answer."""
 
-    name: Literal["rating", "generation"] = "rating"
+    name: Literal["rating", "tagging", "ranking", "generation"] = "rating"
     low: FiniteFloat = 1.0  # of a rating; predictions are clipped to the scale
     high: FiniteFloat = 5.0
+    labels: tuple[str, ...] = ()  # tagging: every tag there is, public; a record's target is its place in this list
+    liked: FiniteFloat = 4.0  # ranking: records of at least this rating are liked, the others move nothing
+    negatives: Count = 100  # ranking: texts from the catalogue that a held-out one is ranked among
+    held_out: Literal["next", "last", "drawn"] = "next"  # ranking: which of a user's liked held-out records is asked
     template: str = "{text}"  # of a prompt to a language model; the response follows it
 
     @model_validator(mode="after")
@@ -76,6 +94,11 @@ class TaskConfig(Settings):
             raise ValueError(f"task.low must be below task.high, got {self.low} and {self.high}.")
         if self.template.count("{text}") != 1:
             raise ValueError(f"task.template must hold {{text}} exactly once, got {self.template!r}.")
+        if self.name == "tagging" and not 2 <= len(set(self.labels)) == len(self.labels):
+            raise ValueError(
+                f"task.labels must list at least two labels with task.name = 'tagging', all different, "
+                f"got {list(self.labels)}."
+            )
         return self
 
     @property
@@ -169,6 +192,40 @@ class PersonalConfig(Settings):
     epochs: Count = 3  # passes over the device's own records, where a private copy of the LoRA is trained
     learning_rate: Positive = 1e-3  # of Adam in those passes
     batch_size: Count = 8
+    profile: NonNegative = 28.0  # ranking: weight of what a user likes more than others; bias_shrinkage holds it back
+    proximal: NonNegative = 0.1  # ditto: pull towards the shared tensors (lambda)
+    neighbours: Count = 20  # retrieval, feddpa: records of the device's own that are looked up for a text
+    retriever: Literal["dense", "bm25", "recency"] = "dense"  # retrieval: by the local encoder, by words, or the newest
+    temperature: Positive = 0.1  # retrieval, feddpa: of similarities; small ones count the nearest record alone
+    dimensions: Count = 8  # user-embedding: of a user's vector
+
+
+class PersonaConfig(Settings):
+    """Groups of users, each with an output of its own between the shared one and the private one (scope persona).
+
+    Which group a device belongs to stays on the device: every group's tensors travel, those of the others as zeros.
+    """
+
+    count: Annotated[int, Field(ge=0, le=64)] = 0  # 0: no personas
+    choice: Literal["loss", "declared"] = "loss"  # of least loss on the device's records, or by what its user declared
+    attribute: str = ""  # declared: which attribute of the users' profiles
+    values: tuple[tuple[str, ...], ...] = ()  # declared: the values of each persona; a user of no value is in none
+    epsilon: Priced = 1.0  # unit record, choice loss: what the choice costs, once, out of privacy.epsilon
+    loss_bound: Priced = 2.0  # a record's loss counts up to this in the choice
+    spread: NonNegative = 0.1  # size of the personas' public start: equal ones would never part
+    shrinkage: NonNegative = 20.0  # a user's n records weigh personas like n s / (n + s) independent ones
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        values = [value for each in self.values for value in each]
+        if self.choice == "declared" and not (self.attribute and len(self.values) == self.count):
+            raise ValueError(
+                "persona.choice = 'declared' needs persona.attribute and a list of values for each of the "
+                f"{self.count} personas, got {self.attribute!r} and {len(self.values)} lists."
+            )
+        if len(set(values)) < len(values):
+            raise ValueError("persona.values must name each value once, got one twice.")
+        return self
 
 
 class LinearConfig(Settings):
@@ -219,6 +276,8 @@ class EvaluationConfig(Settings):
     seeds: Annotated[int, Field(ge=1, le=100)] = 1  # runs with seed, seed + 1, …: everything drawn is drawn anew
     every_rounds: Count = 1
     bootstrap_resamples: Count = 2000
+    cold_start: tuple[NaturalCount, ...] = (0, 1, 2, 5, 10, 20, 50)  # own records a user is scored with
+    groups: tuple[str, ...] = ()  # attributes of profiles that users opted in to be compared by
     metrics: tuple[MetricName, ...] = ()  # of installed packages, beside the built-in ones
 
 
@@ -261,6 +320,7 @@ class Scenario(Settings):
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     personal: PersonalConfig = PersonalConfig()
+    persona: PersonaConfig = PersonaConfig()
     linear: LinearConfig = LinearConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     export: ExportConfig = ExportConfig()

@@ -16,12 +16,12 @@ from shared.config import Scenario
 from shared.errors import ScenarioError
 from shared.features import Features
 from shared.kernel import Kernel
-from shared.lora import FEDERATION_METHODS, FederationMethod, inject
+from shared.lora import TERMS, inject, part_of, trained_parts
 from shared.model import Base
-from shared.registry import lookup
 from shared.tasks import IGNORE
 
 _NO_KERNEL = np.zeros(0, dtype=np.float32)
+_FROZEN_OUTPUT = 0.5  # spread of predictions, about the centre, of an output that stays at its public start
 _CHUNK_TOKENS = 128  # whose logits are in memory at once: 25 MB each for a vocabulary of 50,000
 
 
@@ -55,15 +55,25 @@ class Head(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # so that training and evaluation, here and on the exported graph, are one function
 
-    def _train_only(self, method: str) -> None:
-        """Mark what the federation method trains; everything else is frozen."""
-        parts = lookup("federation_methods", method, FEDERATION_METHODS, FederationMethod).parts
+    def _train_only(self, scenario: Scenario) -> None:
+        """Mark what the scenario's methods train, and what of it never leaves; everything else is frozen."""
+        self.trained = trained_parts(scenario)
         for name, parameter in self.named_parameters():
-            # "output" is the task output only: BERT's blocks have layers of that name too
-            part = next((p for p in name.split(".") if p.startswith("lora_")), name.split(".")[0])
-            parameter.requires_grad_(part in parts)
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise ScenarioError("a head must train something: with this task model.head_blocks must be at least 1.")
+            parameter.requires_grad_(part_of(name) in {*self.trained.shared, *self.trained.private})
+        found = {part_of(name) for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing = sorted((self.trained.shared | set(self.trained.private)) & set(TERMS) - found)
+        if missing:
+            raise ScenarioError(
+                f"federation.method = {scenario.federation.method!r} with personal.method = "
+                f"{scenario.personal.method!r} trains {missing}, which a head of task {scenario.task.name!r} has not; "
+                "choose others."
+            )
+        for turn in self.trained.turns:
+            if not found & set(turn):
+                raise ScenarioError(
+                    f"a head must train something in every round, and this one has none of {list(turn)}: with this "
+                    "task and these methods model.head_blocks must be at least 1."
+                )
 
     @property
     def device(self) -> torch.device:
@@ -80,28 +90,43 @@ class Head(nn.Module):
     def whiten(self, public: Features, *, ridge: float) -> None:
         """Fit what the head derives from public texts."""
 
+    def weigh_alike(self) -> None:
+        """Let no persona, where there are any, count more than others."""
+
+    def drawn_at_start(self, part: str) -> float:
+        """Standard deviation of the public draws a part starts at; 0: it starts at zero."""
+        del part
+        return 0.0
+
     def prepare(self, features: Features) -> Features:
         """Backbone outputs as ``forward`` takes them."""
         return features
 
 
 class OutputLayer(NamedTuple):
-    """The output folded onto pooled features x: prediction = x @ weight + bias + k(x, anchors) @ kernel.
+    """Outputs folded onto pooled features x: prediction = x @ weight + bias + k(x, anchors) @ kernel.
 
     Attributes:
-        weight: (d,).
+        weight: (d,) of one output; (d, K) of several, and likewise below.
         kernel: (M,), one for each public text; (0,) where the head has no kernel.
     """
 
     weight: np.ndarray
-    bias: float
+    bias: float | np.ndarray
     kernel: np.ndarray = _NO_KERNEL
 
 
-class RatingHead(Head):
-    """Pooling, public whitening and kernel features, and one linear output; the loss is half the squared error."""
+class OutputHead(Head):
+    """Pooling, public whitening and kernel features, and a linear output; a task adds its loss.
 
-    def __init__(self, base: Base, scenario: Scenario, *, public_texts: int = 0) -> None:
+    With one output there may be more terms: of personas, weighed by ``membership``, and of a user's vector. All are
+    linear in the same features, so that together they are one output again.
+
+    Attributes:
+        membership: (K,) weights of the personas; equal ones unless a device has chosen.
+    """
+
+    def __init__(self, base: Base, scenario: Scenario, *, public_texts: int = 0, outputs: int = 1) -> None:
         super().__init__(base, scenario)
         adapter = scenario.adapter
         width = base.hidden_size if adapter.whitened_features == "all" else adapter.whitened_features
@@ -109,16 +134,47 @@ class RatingHead(Head):
             raise ScenarioError(
                 f"adapter.whitened_features must be at most the base's width {base.hidden_size}, got {width}."
             )
-        self.centre = scenario.task.centre
         # Parameters, not buffers: per-sample gradients refuse buffers, and these are never trained.
         self.mean = nn.Parameter(torch.zeros(base.hidden_size))
         self.whitening = nn.Parameter(torch.zeros(base.hidden_size, width))
         self.constant = nn.Parameter(torch.tensor([adapter.constant_feature]))
         self.kernel = Kernel(base.hidden_size, public_texts, adapter) if adapter.kernel_features else None
         count = len(self.kernel.offset) if self.kernel else 0
-        self.output = nn.Linear(width + count + 1, 1, bias=False)
+        self.output = nn.Linear(width + count + 1, outputs, bias=False)
         nn.init.zeros_(self.output.weight)
-        self._train_only(scenario.federation.method)
+        self._add_terms(scenario)
+        self._train_only(scenario)
+
+    def _add_terms(self, scenario: Scenario) -> None:
+        """Tensors of personas and of a user's vector, where the scenario has them."""
+        trained = trained_parts(scenario)
+        count, width = scenario.persona.count, self.output.in_features
+        has_vectors = "offset" in trained.private
+        if self.output.out_features > 1 and (count or has_vectors):
+            raise ScenarioError(
+                f"persona.count must be 0 and personal.method another with task.name = {scenario.task.name!r}: "
+                "personas and users' vectors are for tasks with one output."
+            )
+        self.persona = nn.Linear(width, count, bias=False) if count else None
+        self.membership = torch.zeros(count)
+        self.weigh_alike()
+        dimensions = scenario.personal.dimensions if has_vectors else 0
+        self.factors = nn.Linear(width, dimensions, bias=False) if has_vectors else None
+        self.user, self.offset = (nn.Linear(dimensions, 1, bias=False) if has_vectors else None for _ in range(2))
+        self._drawn = {"persona": scenario.persona.spread}
+        if "output" in trained.frozen:
+            self._drawn["output"] = _FROZEN_OUTPUT
+        for layer in (self.persona, self.factors, self.user, self.offset):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+
+    def weigh_alike(self) -> None:
+        """Let no persona, where there are any, count more than others."""
+        self.membership = torch.full((len(self.membership),), 1 / max(len(self.membership), 1))
+
+    def drawn_at_start(self, part: str) -> float:
+        """Equal personas would never part, and below an output of zero nothing learns."""
+        return self._drawn.get(part, 0.0)
 
     def features(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Backbone outputs (B, T, d) with mask (B, T) -> pooled features (B, d)."""
@@ -146,7 +202,10 @@ class RatingHead(Head):
             ScenarioError: Fewer than two public texts.
         """
         if len(public) < 2:
-            raise ScenarioError(f"whitening needs at least two public texts, got {len(public)}.")
+            raise ScenarioError(
+                f"the public start needs two public texts or more, got {len(public)}; put public.txt, one text a line, "
+                "beside the data (docs/data.md)."
+            )
         features = pooled_features(self, public).astype(np.float64)  # (M, d); B is zero, so this is the bare base
         mean = features.mean(0)
         values, vectors = np.linalg.eigh(np.cov((features - mean).T))  # ascending
@@ -158,6 +217,19 @@ class RatingHead(Head):
             self.whitening.copy_(torch.from_numpy(whitening))
         if self.kernel:
             self.kernel.fit(features - mean)
+        if self.factors is not None:
+            self._start_factors(features)
+
+    @torch.no_grad()
+    def _start_factors(self, public: np.ndarray) -> None:
+        """Let a user's vector read the constant and the widest directions of the public texts, each of spread 1."""
+        weight = self.factors.weight.zero_()  # type: ignore[union-attr]
+        spread = self.project(torch.from_numpy(public.astype(np.float32)).to(self.device))[:, :-1].std(0)
+        first = int(bool(self.constant[0]))
+        if first:
+            weight[0, -1] = 1 / self.constant[0]
+        for row, column in enumerate(spread.argsort(descending=True)[: len(weight) - first].tolist(), start=first):
+            weight[row, column] = 1 / spread[column]
 
     @torch.no_grad()
     def prepare(self, features: Features) -> Features:
@@ -168,11 +240,69 @@ class RatingHead(Head):
         projected = self.project(pooled[:, 0].to(self.device))
         return Features(list(projected[:, None, :].cpu().numpy()))
 
+    def projected(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Prepared backbone outputs (B, T, .) with mask (B, T) -> what the output reads, (B, P)."""
+        return self.project(self.features(hidden, mask)) if len(self.blocks) else hidden[:, 0]
+
+    def outputs(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Prepared backbone outputs (B, T, .) with mask (B, T) -> all terms together, (B, outputs)."""
+        projected = self.projected(hidden, mask)
+        found: Tensor = self.output(projected)
+        if self.persona is not None:
+            found = found + self.persona(projected) @ self.membership.to(projected)[:, None]
+        if self.factors is not None and self.user is not None and self.offset is not None:
+            factors = self.factors(projected)
+            found = found + self.user(factors) + self.offset(factors)
+        return found
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """The one weight (P,) that all terms of a head with one output amount to."""
+        found = self.output.weight[0].detach().clone()
+        if self.persona is not None:
+            found += self.membership.to(found) @ self.persona.weight
+        if self.factors is not None and self.user is not None and self.offset is not None:
+            found += (self.user.weight + self.offset.weight)[0] @ self.factors.weight
+        return found
+
+    def fold(self, weight: Tensor, *, centre: float = 0.0) -> OutputLayer:
+        """An output weight (P,), or several (P, K), folded onto pooled features, neither whitened nor projected.
+
+        Args:
+            weight: One column an output.
+            centre: Added to the predictions.
+        """
+        weight = weight.detach().double()
+        width = self.whitening.shape[1]
+        folded, rest = self.whitening.double() @ weight[:width], weight[width:-1]
+        bias = centre + weight[-1] * self.constant[0].double() - self.mean.double() @ folded
+        if self.kernel:
+            bias = bias - self.kernel.offset.double() @ rest
+            rest = self.kernel.projection.double() @ rest
+        level = bias.cpu().numpy() if bias.ndim else float(bias)
+        return OutputLayer(folded.float().cpu().numpy(), level, rest.float().cpu().numpy())
+
+    @torch.no_grad()
+    def apply_output(self, pooled: np.ndarray, output: OutputLayer) -> np.ndarray:
+        """Pooled features (n, d) -> predictions (n,) or (n, K) float64 of an output that may hold a private part."""
+        predictions: np.ndarray = pooled.astype(np.float64) @ output.weight + output.bias
+        if self.kernel:
+            centred = torch.from_numpy(pooled).to(self.device).double() - self.mean.double()
+            columns = torch.from_numpy(output.kernel).to(centred).reshape(len(output.kernel), -1)  # (M, K)
+            predictions += self.kernel.combine(centred, columns).cpu().numpy().reshape(predictions.shape)
+        return predictions
+
+
+class RatingHead(OutputHead):
+    """One number on a public scale; the loss is half the squared error."""
+
+    def __init__(self, base: Base, scenario: Scenario, *, public_texts: int = 0) -> None:
+        super().__init__(base, scenario, public_texts=public_texts)
+        self.centre = scenario.task.centre
+
     def predict(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Prepared backbone outputs (B, T, .) with mask (B, T) -> predictions (B,)."""
-        projected = self.project(self.features(hidden, mask)) if len(self.blocks) else hidden[:, 0]
-        prediction: Tensor = self.output(projected)  # (B, 1)
-        return self.centre + prediction[:, 0]
+        return self.centre + self.outputs(hidden, mask)[:, 0]
 
     def forward(self, hidden: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
         """Prepared backbone outputs (B, T, .), mask (B, T) and targets (B,) -> losses (B,)."""
@@ -181,24 +311,7 @@ class RatingHead(Head):
 
     def output_layer(self) -> OutputLayer:
         """The output folded onto pooled features that are neither whitened nor projected."""
-        weight = self.output.weight[0].detach().double()
-        width = self.whitening.shape[1]
-        folded, rest = self.whitening.double() @ weight[:width], weight[width:-1]
-        bias = self.centre + weight[-1] * self.constant[0].double() - self.mean.double() @ folded
-        if self.kernel:
-            bias = bias - self.kernel.offset.double() @ rest
-            rest = self.kernel.projection.double() @ rest
-        return OutputLayer(folded.float().cpu().numpy(), float(bias), rest.float().cpu().numpy())
-
-    @torch.no_grad()
-    def apply_output(self, pooled: np.ndarray, output: OutputLayer) -> np.ndarray:
-        """Pooled features (n, d) -> predictions (n,) float64 of a folded output, which may hold a private part."""
-        predictions: np.ndarray = pooled.astype(np.float64) @ output.weight + output.bias
-        if self.kernel:
-            centred = torch.from_numpy(pooled).to(self.device).double() - self.mean.double()
-            columns = torch.from_numpy(output.kernel).to(centred)[:, None]  # (M, 1)
-            predictions += self.kernel.combine(centred, columns)[:, 0].cpu().numpy()
-        return predictions
+        return self.fold(self.weight(), centre=self.centre)
 
 
 class CausalHead(Head):
@@ -212,7 +325,7 @@ class CausalHead(Head):
                 f"task.name = {scenario.task.name!r} needs a base that predicts tokens, got {base.folder.name}."
             )
         super().__init__(base, scenario, public_texts=public_texts)
-        self._train_only(scenario.federation.method)
+        self._train_only(scenario)
 
     def states(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Backbone outputs (B, T, d) with mask (B, T) -> what the vocabulary is applied to, (B, T, d)."""
@@ -283,16 +396,15 @@ class _TokenLoss(torch.autograd.Function):
         return outer[0][:, None] * gradient, None, None
 
 
-HEADS: dict[str, type[Head]] = {"rating": RatingHead, "generation": CausalHead}
-
-
 def make_head(base: Base, scenario: Scenario, *, public_texts: int = 0) -> Head:
     """The head a scenario describes on a base, its public tensors still zero; arguments as for ``Head``."""
+    from shared.heads import HEADS  # which are made of what stands above
+
     return HEADS[scenario.task.name](base, scenario, public_texts=public_texts)
 
 
 @torch.inference_mode()
-def pooled_features(head: RatingHead, features: Features, *, batch: int = 64) -> np.ndarray:
+def pooled_features(head: OutputHead, features: Features, *, batch: int = 64) -> np.ndarray:
     """Pooled features (n, d) float32 of every text at the head's present parameters."""
     pooled = np.empty((len(features), head.mean.shape[0]), dtype=np.float32)
     order = np.argsort(features.lengths, kind="stable")

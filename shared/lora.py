@@ -1,17 +1,18 @@
 """What is trained: the technique that puts LoRA on the head's blocks, and the parts each federation method averages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from shared.config import AdapterConfig
+from shared.config import PERSONAL_NAMES, AdapterConfig, Scenario
 from shared.errors import ScenarioError
-from shared.registry import lookup
+from shared.registry import check_name, lookup
 
-PARTS = ("lora_A", "lora_B", "output")
+TERMS = ("persona", "factors", "user", "offset")  # of a head with one output, beside the output itself
+PARTS = ("lora_A", "lora_B", "output", *TERMS)
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,21 @@ class FederationMethod:
     Attributes:
         parts: Some of ``PARTS``.
         summary: One line for people.
+        turns: What of it is trained in rounds 1, 2, … and over again; empty: all of it in every round.
 
     Raises:
-        ScenarioError: ``parts`` is empty or names something else.
+        ScenarioError: ``parts`` is empty or names something else, or the turns are not made of them.
     """
 
     parts: tuple[str, ...]
     summary: str
+    turns: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts or not set(self.parts) <= set(PARTS):
             raise ScenarioError(f"the parts of a federation method must be some of {PARTS}, got {self.parts}.")
+        if self.turns and {part for turn in self.turns for part in turn} != set(self.parts):
+            raise ScenarioError(f"the turns of a federation method must hold its parts {self.parts}, got {self.turns}.")
 
 
 FEDERATION_METHODS: dict[str, FederationMethod] = {
@@ -41,7 +46,94 @@ FEDERATION_METHODS: dict[str, FederationMethod] = {
     "ffa-lora": FederationMethod(
         ("lora_B", "output"), "Sun et al. 2024, arXiv:2403.12313: A frozen, the mean of B is exact"
     ),
+    "rolora": FederationMethod(
+        ("lora_A", "lora_B", "output"),
+        "Chen et al. 2025, arXiv:2502.01755: B and A in turn, so that each mean is exact and half travels",
+        turns=(("lora_B", "output"), ("lora_A", "output")),
+    ),
+    "ifca": FederationMethod(
+        ("lora_B", "persona"),
+        "Ghosh et al. 2020, arXiv:2006.04088: an output for each group of users, the layers below it shared",
+    ),
 }
+
+# Parts that a personal method trains in the very step of the shared ones, clipped and noised with them, and keeps on
+# the device; and parts it leaves at their public start. They stand here, for a server has no client code.
+PRIVATE_PARTS: dict[str, tuple[str, ...]] = {
+    "fedper": ("output",),
+    "fedsa-lora": ("lora_B", "output"),
+    "user-embedding": ("offset",),
+}
+FROZEN_PARTS: dict[str, tuple[str, ...]] = {"fedbabu": ("output",)}
+_EMBEDDING = ("factors", "user")  # shared beside the rest where users have a vector
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Which parts of a head a campaign trains.
+
+    Attributes:
+        turns: Shared parts of rounds 1, 2, … and over again.
+        private: Parts that are trained beside them in every round and never leave a device.
+        frozen: Parts that stay at the public start, whatever the federation method says.
+    """
+
+    turns: tuple[tuple[str, ...], ...]
+    private: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """All shared parts."""
+        return frozenset(part for turn in self.turns for part in turn)
+
+
+def trained_parts(scenario: Scenario) -> Trained:
+    """What a scenario's methods train together.
+
+    Raises:
+        ScenarioError: A method is known to nobody, or they leave nothing to share.
+    """
+    federation, personal = scenario.federation.method, scenario.personal.method
+    method = lookup("federation_methods", federation, FEDERATION_METHODS, FederationMethod)
+    kept, frozen = _declared("private", personal, PRIVATE_PARTS), _declared("frozen", personal, FROZEN_PARTS)
+    apart = {*kept, *frozen}
+    more = (*(_EMBEDDING if "offset" in kept else ()), *(("persona",) if scenario.persona.count else ()))
+    turns = [
+        tuple(part for part in dict.fromkeys((*turn, *more)) if part not in apart)
+        for turn in method.turns or (method.parts,)
+    ]
+    found = Trained(tuple(turns), kept, frozen)
+    if not all(turns):
+        raise ScenarioError(
+            f"federation.method = {federation!r} must share something in every round, and personal.method = "
+            f"{personal!r} keeps {sorted(apart)} apart; choose another federation method, such as fedavg."
+        )
+    if ("persona" in found.shared) is not (scenario.persona.count > 1):
+        raise ScenarioError(
+            f"persona.count must be at least 2 where there are personas (federation.method = 'ifca'), and 0 where "
+            f"there are none, got {scenario.persona.count}."
+        )
+    return found
+
+
+def _declared(attribute: str, personal_method: str, built_in: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Parts that a personal method names, built in or installed."""
+    if check_name("personal_methods", personal_method, PERSONAL_NAMES) is None:
+        return built_in.get(personal_method, ())
+    method: object = lookup("personal_methods", personal_method, {}, object)
+    return tuple(getattr(method, attribute, ()))
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter, by its own name or its name on the wire, belongs to; others than ours have none.
+
+    Example:
+        >>> part_of("block.5.output.dense.lora_B"), part_of("output.weight")
+        ('lora_B', 'output')
+    """
+    steps = name.split(".")  # BERT's blocks have layers called output too
+    return next((step for step in steps if step.startswith("lora_")), steps[0])
 
 
 def inject(blocks: nn.ModuleList, adapter: AdapterConfig) -> None:

@@ -26,6 +26,7 @@ class Mechanism:
         max_participations: Rounds one device may join in the whole campaign.
         coordinates: Numbers in one noisy step, where the noise is discrete; 0 for the continuous Gaussian.
         grid_sigma: Standard deviation of discrete noise in steps of its grid.
+        choice_epsilon: Spent once besides, by a choice that is private without a delta (``client/persona.py``).
 
     Raises:
         PrivacyError: A value is impossible; the message names the scenario's key.
@@ -37,6 +38,7 @@ class Mechanism:
     max_participations: int
     coordinates: int = 0
     grid_sigma: float = math.inf
+    choice_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.coordinates, int) and self.coordinates >= 0 and self.grid_sigma >= 1):
@@ -44,6 +46,8 @@ class Mechanism:
                 "coordinates must be a whole number >= 0 and grid_sigma at least 1, "
                 f"got {self.coordinates} and {self.grid_sigma}."
             )
+        if not 0 <= self.choice_epsilon <= MAX_EPSILON:
+            raise PrivacyError(f"persona.epsilon must be from 0 to {MAX_EPSILON:g}, got {self.choice_epsilon}.")
         _check_noise(self.noise_multiplier)
         if not 0 < self.sampling_rate <= 1:
             raise PrivacyError(
@@ -67,8 +71,8 @@ class Mechanism:
 
     @property
     def continuous(self) -> "Mechanism":
-        """The same with Gaussian noise that is not rounded to a grid."""
-        return replace(self, coordinates=0, grid_sigma=math.inf)
+        """The Gaussian noise alone, not rounded to a grid."""
+        return replace(self, coordinates=0, grid_sigma=math.inf, choice_epsilon=0.0)
 
 
 @dataclass(frozen=True)

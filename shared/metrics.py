@@ -173,12 +173,8 @@ def score_row(
         >>> row["mae"].value, row["accuracy"].value
         (0.25, 1.0)
     """
-    predictions, targets, users = _checked(predictions, targets, users)
-    index, n = _by_user(users)
-    if reference is not None:
-        reference, _, _ = _checked(reference, targets, users)
-    rows = Scored(predictions, targets, index, n, reference)
-    draws = draw_users(n.size, seed=seed, resamples=resamples)
+    rows = scored(predictions, targets, users, reference=reference)
+    draws = draw_users(rows.count.size, seed=seed, resamples=resamples)
     found = {name: lookup("metrics", name, METRICS, Callable)(rows) for name in metrics}
     for name, statistic in found.items():
         if not (statistic is None or callable(statistic)):
@@ -190,6 +186,20 @@ def score_row(
         if not np.isfinite([score.value, score.low, score.high]).all():
             raise ScenarioError(f"metric {name!r} must give finite values, got {score.value}; mend it or leave it out.")
     return scores
+
+
+def scored(
+    predictions: npt.NDArray[Any],
+    targets: npt.NDArray[Any],
+    users: npt.NDArray[Any],
+    *,
+    reference: npt.NDArray[Any] | None = None,
+) -> Scored:
+    """A row as metrics see it; arguments and errors as of ``score_row``."""
+    predictions, targets, users = _checked(predictions, targets, users)
+    if reference is not None:
+        reference, _, _ = _checked(reference, targets, users)
+    return Scored(predictions, targets, *_by_user(users), reference)
 
 
 def paired_difference(

@@ -8,7 +8,7 @@ device (``shared/promise.py``), signed by operators (``shared/signing.py``).
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Literal
 
@@ -18,10 +18,11 @@ from shared.accounting import AnyMechanism, DistributedMechanism, Mechanism
 from shared.adapter import Arrays, Slot
 from shared.config import Scenario
 from shared.errors import CampaignError
+from shared.lora import part_of
 from shared.noise import GRID_SIGMA
 from shared.secure_sum import Terms
 
-PROTOCOL = 4
+PROTOCOL = 5
 Relation = Literal["add-or-remove-one", "zero-out-one"]
 SUM = "sum"  # the one array of a contribution
 RELATIONS: Mapping[str, Relation] = {"record": "add-or-remove-one", "user": "zero-out-one"}
@@ -87,6 +88,9 @@ class Policy(BaseModel):
         reply_fields: What a device may send, and nothing else.
         max_update_norm: L2 bound on what a device sends.
         slots: The tensors that may travel: (name, shape), float32, in this order, and nothing else.
+        turns: The parts of them that a reply holds in rounds 1, 2, … and over again; empty: all in every round.
+        private: Tensors that are trained in the same steps and never leave a device: (name, shape), float32.
+        choice_epsilon: At unit record, what a device's choice of its persona by the losses of records costs, once.
         settings_sha256: Hash of the settings both sides agree on, see ``hash_settings``.
         extensions: Choices that are not built in, each with package and version, so that a device sees them.
     """
@@ -121,6 +125,9 @@ class Policy(BaseModel):
     start_sha256: str
     public_texts_sha256: str
     slots: tuple[tuple[str, tuple[int, ...]], ...]
+    turns: tuple[tuple[str, ...], ...] = ()
+    private: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    choice_epsilon: float | None = None
     extensions: tuple[str, ...] = ()
     added_records: Literal["next-round", "next-campaign"] = "next-round"
     record_exponent: float = 0.5
@@ -133,8 +140,14 @@ class Policy(BaseModel):
 
     @property
     def size(self) -> int:
-        """Numbers in one change of the shared arrays."""
+        """Numbers in all the shared arrays; a round may change fewer of them (``turn_slots``)."""
         return sum(math.prod(shape) for _, shape in self.slots)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that one clipped, noised step or sum has at the most: at unit record also those a device keeps."""
+        kept = self.private if self.unit == "record" else ()
+        return self.size + sum(math.prod(shape) for _, shape in kept)
 
     @property
     def mechanism(self) -> AnyMechanism:
@@ -143,7 +156,7 @@ class Policy(BaseModel):
             return DistributedMechanism(
                 noise_multiplier=self.noise_multiplier,
                 max_participations=self.max_participations,
-                coordinates=self.size,
+                coordinates=self.trained,
                 shares=self.secure_sum.honest,
                 share_sigma=2.0**self.secure_sum.share_log2_sigma,
             )
@@ -152,18 +165,39 @@ class Policy(BaseModel):
             sampling_rate=self.sampling_rate,
             steps=self.steps if self.unit == "record" else 1,
             max_participations=self.max_participations,
-            coordinates=self.size,
+            coordinates=self.trained,
             grid_sigma=GRID_SIGMA,
+            choice_epsilon=self.choice_epsilon or 0.0,
         )
 
     def array_slots(self) -> tuple[Slot, ...]:
         """The arrays of a request."""
-        return tuple(Slot(name, shape, "float32", "global") for name, shape in self.slots)
+        return tuple(
+            Slot(name, shape, "float32", "persona" if part_of(name) == "persona" else "global")
+            for name, shape in self.slots
+        )
 
-    def reply_slots(self) -> tuple[Slot, ...]:
-        """The arrays of a reply: those of a request, or one vector of integers where a sum of them is formed."""
+    def turn_slots(self, round_number: int) -> tuple[Slot, ...]:
+        """The arrays that a round changes."""
+        if not self.turns:
+            return self.array_slots()
+        parts = self.turns[(round_number - 1) % len(self.turns)]
+        return tuple(slot for slot in self.array_slots() if part_of(slot.name) in parts)
+
+    def reply_slots(self, round_number: int) -> tuple[Slot, ...]:
+        """The arrays of a round's reply: those it changes, or one vector of integers where a sum of them is formed."""
+        changed = self.turn_slots(round_number)
         dtype = {"central": "int32", "distributed": "uint32"}.get(self.trust)
-        return (Slot(SUM, (self.size,), dtype, "global"),) if dtype else self.array_slots()
+        return (Slot(SUM, (num_values(changed),), dtype, "global"),) if dtype else changed
+
+    def private_slots(self) -> tuple[Slot, ...]:
+        """The arrays a device trains and keeps."""
+        return tuple(Slot(name, shape, "float32", "private") for name, shape in self.private)
+
+
+def num_values(slots: Iterable[Slot]) -> int:
+    """Numbers in the arrays of some slots."""
+    return sum(math.prod(slot.shape) for slot in slots)
 
 
 @lru_cache(maxsize=64)  # by value: a copy with another constant has another hash

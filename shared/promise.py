@@ -123,8 +123,8 @@ def check_grid(policy: Policy) -> None:
             f"a policy's grid must be {wanted}, as its noise, its bound and who adds noise say, got {policy.grid}; do "
             "not take part."
         )
-    if policy.clip_norm is None or not policy.grid * math.sqrt(policy.size) <= _COARSEST * policy.clip_norm:
+    if policy.clip_norm is None or not policy.grid * math.sqrt(policy.trained) <= _COARSEST * policy.clip_norm:
         raise PrivacyError(
             f"noise must leave a contribution visible on its grid, got a noise multiplier of "
-            f"{policy.noise_multiplier:g} for {policy.size} numbers; raise privacy.epsilon or train fewer numbers."
+            f"{policy.noise_multiplier:g} for {policy.trained} numbers; raise privacy.epsilon or train fewer numbers."
         )

@@ -1,24 +1,46 @@
 """What shared arrays make of records, without anything private: predictions of ratings, likelihoods of responses."""
 
 import numpy as np
+import torch
+from scipy.special import logsumexp
 
-from shared.adapter import Arrays, load_shared
+from shared.adapter import Arrays, forget_device, load_shared
 from shared.features import Features, micro_batches
 from shared.head import CausalHead, RatingHead, pooled_features
 from shared.language_metrics import TokenScores
+from shared.tagging_head import TaggingHead
 from shared.tasks import Targets
 
 
-def text_predictions(head: RatingHead, arrays: Arrays, features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features (n, d) and shared predictions (n,) of texts; the head is left with these shared arrays."""
+def text_predictions(
+    head: RatingHead | TaggingHead, arrays: Arrays, features: Features
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled features (n, d) and shared predictions (n,), or logits (n, K), of texts; the head keeps the arrays."""
     load_shared(head, arrays)
+    forget_device(head)
     pooled = pooled_features(head, features)
     return pooled, head.apply_output(pooled, head.output_layer())
+
+
+def persona_predictions(head: RatingHead, pooled: np.ndarray) -> np.ndarray:
+    """Predictions (n, K) by each persona, of pooled features (n, d) at the arrays the head holds."""
+    kept, found = head.membership, []
+    for alone in torch.eye(len(kept)):
+        head.membership = alone
+        found.append(head.apply_output(pooled, head.output_layer()))
+    head.membership = kept
+    return np.stack(found, axis=1)
 
 
 def rmse(predictions: np.ndarray, targets: np.ndarray) -> float:
     """Root mean squared error over all rows."""
     return float(np.sqrt(np.mean((predictions - targets) ** 2)))
+
+
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Logits (n, K) and places in the list of labels (n,) -> losses (n,)."""
+    losses: np.ndarray = logsumexp(logits, axis=1) - logits[np.arange(len(logits)), targets.astype(np.int64)]
+    return losses
 
 
 def response_scores(head: CausalHead, features: Features, targets: Targets, *, micro_batch: int) -> TokenScores:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.config import Scenario
+from shared.config import Scenario, TaskConfig
 from shared.datasets import Record
 from shared.errors import ScenarioError
 from shared.model import Base
@@ -106,7 +106,12 @@ def _encode(base: Base, text: str) -> list[int]:
     return ids
 
 
-TASKS = {"rating": encode_texts, "generation": encode_dialogues}
+TASKS = {"rating": encode_texts, "tagging": encode_texts, "ranking": encode_texts, "generation": encode_dialogues}
+
+
+def teaches(record: Record, task: TaskConfig) -> bool:
+    """Whether anything is learnt of a record: what is not liked has no loss in a ranking."""
+    return task.name != "ranking" or record.target >= task.liked
 
 
 def scores_of(records: Sequence[Record]) -> Scores:

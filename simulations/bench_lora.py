@@ -154,7 +154,9 @@ def federate(plan: Plan, head: RatingHead, rows: Rows, *, users: int) -> Arrays:
         else:
             total = ring_sum(each.astype(np.uint32) for each in contributions)
         step = SERVER_OPTIMIZERS[scenario.federation.server_optimizer]
-        arrays, optimizer = step(arrays, optimizer, mean_of_sum(total, policy=policy), scenario.federation)
+        arrays, optimizer = step(
+            arrays, optimizer, mean_of_sum(total, policy=policy, round_number=1), scenario.federation
+        )
     return arrays
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from client.site import TextFeatures, resident_base, resident_dataset, use_threads
 from client.train import make_trainable, quiet_hooks, train_shared
-from shared.adapter import Arrays, load_start, make_start, read_shared, shared_parameters, shared_slots
+from shared.adapter import Arrays, load_start, make_start, read_shared, shared_parameters, trained_slots
 from shared.calibration import make_policy
 from shared.config import Scenario
 from shared.datasets import Dataset, Record
@@ -163,7 +163,7 @@ class _Prepared:
             scenario,
             clients=len(dataset.users),
             head_blocks=blocks,
-            slots=shared_slots(self.head),
+            slots=trained_slots(self.head),
             base_sha256=base.sha256,
             base_extension=base.extension,
             start=self.public_start,

@@ -12,13 +12,13 @@ from typing import Any, Self
 import numpy as np
 
 from client.artifact import MIN_PROBES
-from client.personalize import check_task
+from client.personalize import check_export, check_task
 from client.site import TextFeatures, open_site
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
 from shared import wire
 from shared.accounting import epsilon_by_participation
-from shared.adapter import Arrays, load_start, make_start, shared_slots
+from shared.adapter import Arrays, load_start, make_start, trained_slots
 from shared.calibration import make_policy
 from shared.campaign import Campaign, Resumed, read_campaign, write_campaign, write_resumed
 from shared.claims import Claim, claim_of
@@ -73,10 +73,17 @@ class Plan:
 
 
 def bytes_per_client_round(policy: Policy, start: Arrays) -> tuple[int, int]:
-    """Bytes a device receives and sends in one round, all stages of a secure sum included."""
+    """Bytes a device receives and sends in one round, on average over turns, all stages of a secure sum included."""
+    turns = max(1, len(policy.turns))
+    sizes = [_bytes_of_round(policy, start, round_number) for round_number in range(1, turns + 1)]
+    down, up = (round(sum(size) / turns) for size in zip(*sizes, strict=True))
+    return down, up
+
+
+def _bytes_of_round(policy: Policy, start: Arrays, round_number: int) -> tuple[int, int]:
     arrays = {slot.name: start[slot.name] for slot in policy.array_slots()}
-    reply = {slot.name: np.zeros(slot.shape, slot.dtype) for slot in policy.reply_slots()}
-    of_round: dict[str, Any] = {"round_number": 1, "policy_sha256": policy.sha256}
+    reply = {slot.name: np.zeros(slot.shape, slot.dtype) for slot in policy.reply_slots(round_number)}
+    of_round: dict[str, Any] = {"round_number": round_number, "policy_sha256": policy.sha256}
     bodies = _stage_bodies(policy.secure_sum.terms, policy.cohort_size) if policy.secure_sum else []
     body = bodies.pop(2)[0] if bodies else b""  # what others sealed for a device comes with the request to train
     pairs = [(wire.pack_request(wire.pack_arrays(arrays), body=body, **of_round), wire.pack_reply(reply, **of_round))]
@@ -174,6 +181,8 @@ def exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
         ScenarioError: A user does not exist, or the data hold too few different texts to compare outputs on.
     """
     wanted = scenario.export.users
+    if wanted:
+        check_export(scenario.personal.method)
     texts = {r.text for user in dataset.users for r in user.train} | set(dataset.public_texts)
     if wanted and len(texts) < MIN_PROBES:
         raise ScenarioError(
@@ -196,7 +205,7 @@ def _plan(names: tuple[str, str, str], scenario: Scenario, base: Base, dataset: 
         scenario,
         clients=len(dataset.users),
         head_blocks=len(head.blocks),
-        slots=shared_slots(head),
+        slots=trained_slots(head),
         base_sha256=base.sha256,
         base_extension=base.extension,
         start=start,

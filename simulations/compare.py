@@ -277,7 +277,8 @@ def _tables(comparison: Comparison) -> Iterator[_Table]:
         f"Difference from {comparison.names[0]}",
         f"Mean over users of (the user's own {page.heading(users.metric)} in the run minus that in the first run), "
         f"95 % interval from a bootstrap over users. It is a difference of mean scores per user, so it need not equal "
-        f"the difference of the scores above. " + ("" if paired else "None here: the runs do not hold the same users."),
+        f"the difference of the scores above; {better} is better. "
+        + ("" if paired else "None here: the runs do not hold the same users."),
         paired,
     )
     settings = {key: [page.plain(value) for value in each] for key, each in _settings_that_differ(comparison).items()}

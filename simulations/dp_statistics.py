@@ -31,7 +31,7 @@ def applies(scenario: Scenario, dataset: Dataset) -> bool:
     public = set(dataset.public_texts)
     return (
         scenario.statistics.enabled
-        and scenario.task.name == "rating"
+        and scenario.task.name in ("rating", "ranking")
         and 2 <= len(public) <= _MOST_TEXTS
         and all(record.text in public for user in dataset.users for record in (*user.train, *user.test))
     )

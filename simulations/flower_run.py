@@ -68,7 +68,7 @@ def flwr_run(
             f"flwr run needs the source tree with its pyproject.toml, got {root}. Use: sottovoce simulate"
         )
     data = scenario.data
-    everybody = read(data.format, resolve(data.source, quiet=quiet))
+    everybody = read(data.format, resolve(data.source, quiet=quiet), columns=data.columns, min_records=data.min_records)
     devices = len(choose_users(everybody, data.users, tuning_share=data.tuning_share).users)
     run_config = {"scenario": str(scenario_file), "overrides": shlex.join(overrides), "out": str(out)}
     with _home() as home, _terminated_as_interrupt():

@@ -12,7 +12,7 @@ import platformdirs
 
 from client.export import export_head
 from client.export_fleet import export_fleet
-from client.private_head import language_parts, rating_parts
+from client.private_head import encoder_parts, language_parts
 from shared.adapter import load_shared
 from shared.config import Scenario
 from shared.datasets import Dataset
@@ -22,6 +22,7 @@ from shared.progress import progress
 from simulations.campaigns import Result
 from simulations.observe import RatingObserver
 from simulations.observe_language import LanguageObserver
+from simulations.observe_tagging import TaggingObserver
 
 _PROBES = 32
 
@@ -54,11 +55,11 @@ def probe_texts(dataset: Dataset) -> list[str]:
     return list(texts)[:_PROBES]
 
 
-def _export_ratings(
+def _export_encoder(
     result: Result, users: Sequence[int], base: Base, dataset: Dataset, *, folder: Path, quiet: bool
 ) -> dict[str, Any]:
-    """Heads of task ``rating``: LoRA and a private output layer."""
-    scenario, observer = result.plan.scenario, cast(RatingObserver, result.observer)
+    """Heads of an encoder: LoRA and a private output layer."""
+    scenario, observer = result.plan.scenario, cast(RatingObserver | TaggingObserver, result.observer)
     probes = probe_texts(dataset)
     head = observer.head
     with progress(total=len(users) + 1, description="personal heads", unit="file", quiet=quiet) as bar:
@@ -72,7 +73,7 @@ def _export_ratings(
             written = export_head(
                 target,
                 base_folder=folder / "base",
-                **rating_parts(head, private),
+                **encoder_parts(head, private),
                 user=name,
                 privacy={"claim": result.plan.claim.sentence(), "policy_sha256": result.plan.policy.sha256},
                 probe_texts=probes,
@@ -135,4 +136,9 @@ def _base_entry(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return {"path": "heads/base", "bytes": size, "parity_max_abs": manifest["parity"]["max_abs"]}
 
 
-EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {"rating": _export_ratings, "generation": _export_language}
+EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "rating": _export_encoder,
+    "tagging": _export_encoder,
+    "ranking": _export_encoder,
+    "generation": _export_language,
+}

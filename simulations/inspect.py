@@ -1,7 +1,8 @@
 """What a reader finds in a folder, before anything is run on it: ``sottovoce data inspect``."""
 
 import statistics
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,28 @@ from shared.errors import ScenarioError
 from shared.registry import check_name
 
 _SHORT = 100  # characters of a text that are shown
+_MOST_VALUES = 8  # of an attribute that are shown
 
 
 def inspect_data(
-    what: str, *, source: str | None = None, show_text: bool = False, quiet: bool = False
+    what: str,
+    *,
+    source: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    show_text: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Read a data set and describe it.
 
     Args:
         what: A scenario file, or the name of a format.
         source: ``asset:NAME`` or a folder; may be left out where ``what`` is a scenario, which names its own.
+        columns: Of ``jsonl``, ``csv`` and ``parquet``: field of a record, or ``user`` -> column; replaces a scenario's.
         show_text: Whether what a user reads and writes is part of the answer.
         quiet: Show nothing while downloading.
 
     Returns:
-        Counts and ranges, and the first record of the first user.
+        Counts and ranges, what users state of themselves, and the first record of the first user.
 
     Raises:
         ScenarioError: Neither a scenario file nor a format, or a format without a source.
@@ -34,8 +42,11 @@ def inspect_data(
         DataError: A file is missing or not as its format says; file and line are named.
     """
     data = _data_of(what, source)
+    if columns:
+        data = data.model_copy(update={"columns": dict(columns)})
     folder = resolve(data.source, quiet=quiet)
-    dataset = choose_users(read(data.format, folder), data.users, tuning_share=data.tuning_share)
+    everybody = read(data.format, folder, columns=data.columns, min_records=data.min_records)
+    dataset = choose_users(everybody, data.users, tuning_share=data.tuning_share)
     return {"format": data.format, "source": data.source, "folder": str(folder)} | describe_data(
         dataset, show_text=show_text
     )
@@ -59,6 +70,8 @@ def describe_data(dataset: Dataset, *, show_text: bool) -> dict[str, Any]:
         "target": _spread(record.target for record in records),
         "distinct_texts": len({record.text for record in records}),
         "distinct_public_texts": len(dataset.public_texts),
+        "left_out": dict(dataset.left_out),
+        "profiles": _profiles(dataset),
         "first_record": {"user": with_records.user} | _describe_record(first, show_text=show_text),
     }
 
@@ -81,8 +94,24 @@ def lines(found: dict[str, Any]) -> list[str]:
         *out,
         f"target:               {_range(found['target'])}",
         f"distinct texts:       {found['distinct_texts']:,} of records, {found['distinct_public_texts']:,} public",
+        *(f"left out:             {count:,} {reason}" for reason, count in found["left_out"].items()),
+        *(f"profile:              {name}: {_values(counts)}" for name, counts in found["profiles"].items()),
         "first record:         " + ", ".join(f"{key} {value}" for key, value in first.items() if value != ""),
     ]
+
+
+def _profiles(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Attribute -> value -> how many users state it, the most frequent first."""
+    names = sorted({name for user in dataset.users for name in user.profile})
+    return {
+        name: dict(Counter(user.profile[name] for user in dataset.users if name in user.profile).most_common())
+        for name in names
+    }
+
+
+def _values(counts: Mapping[str, int]) -> str:
+    shown = [f"{value} {count:,}" for value, count in list(counts.items())[:_MOST_VALUES]]
+    return ", ".join([*shown, f"{len(counts) - _MOST_VALUES} more"] if len(counts) > _MOST_VALUES else shown)
 
 
 def _data_of(what: str, source: str | None) -> DataConfig:

@@ -17,6 +17,8 @@ from shared.registry import BUILT_IN, describe, lookup, names, origin
 SCENARIOS = Path(__file__).parent / "scenarios"
 TASKS = {  # what each is; which there are, TaskConfig says
     "rating": "a number on a public scale, from a text",
+    "tagging": "one of a public list of labels, for a text",
+    "ranking": "which text of a public catalogue a user likes",
     "generation": "the next utterance, from what was said before",
 }
 Entries = list[dict[str, str]]

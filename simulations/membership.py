@@ -20,6 +20,7 @@ from shared.errors import DataError
 from shared.metrics import Interval, draw_users
 from shared.model import Base
 from shared.progress import track
+from shared.tasks import teaches
 from simulations.audit.bounds import auc, tpr_at_fpr
 from simulations.campaigns import Result
 from simulations.observe import make_observer
@@ -120,10 +121,11 @@ def _ask(scenario: Scenario, dataset: Dataset) -> Asked:
     aside: tuple[UserData, ...] = ()
     if scenario.data.users == "campaign":
         aside = resident_dataset(scenario.data.model_copy(update={"users": "tuning"}), held_out=share).users
-    parts = [
+    pairs = [
         *((user.fit, out.fit) for user, out in zip(dataset.users, held.users, strict=True)),
         *((user.fit, ()) for user in aside),
     ]
+    parts = [tuple(tuple(each for each in part if teaches(each, scenario.task)) for part in pair) for pair in pairs]
     users = tuple(
         UserData(user.user, fit + out, (), ()) for user, (fit, out) in zip((*dataset.users, *aside), parts, strict=True)
     )

@@ -7,11 +7,13 @@ from shared.metrics import Interval
 from simulations import page
 from simulations.figures import Point, row_by_row
 from simulations.page import Figure
-from simulations.results import AttackOn, Membership, Summary
+from simulations.parts import AttackOn, Membership
+from simulations.results import Summary
 
 TARGETS = {"private": "with privacy", "unprotected": "without privacy", "untrained": "nothing trained"}
 _REFERENCES = {
     "rating": "of a ridge regression that was fitted to records of the other half of the users",
+    "ranking": "by how often users of the other half like the text",
     "generation": "of the base as published",
 }
 

@@ -4,21 +4,29 @@ It is the only source of metrics; devices reply with none (rule P2).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from client.personalize import PrivateOutput, fit_output, personal_method
+from client.persona import weights_of
+from client.personalize import PrivateOutput, Texts, fit_private, personal_method, predict_user
 from client.site import TextFeatures
-from shared.adapter import Arrays, load_start, read_start
-from shared.config import PersonalConfig, Scenario, TaskConfig
+from shared.adapter import Arrays, forget_device, load_shared, load_start, read_shared, read_start
+from shared.config import PersonaConfig, PersonalConfig, Scenario, TaskConfig
 from shared.datasets import Dataset, Record
+from shared.features import Features
 from shared.head import Head, RatingHead, pooled_features
 from shared.metrics import METRICS, Described, Interval, described, paired_difference, score_row, user_rmse
-from shared.scoring import rmse, text_predictions
+from shared.noise import seeded_generator
+from shared.scoring import persona_predictions, rmse, text_predictions
+from shared.tasks import Scores
 from simulations import baselines, dp_statistics
 from simulations.observe_language import LanguageObserver
+from simulations.observe_ranking import RankingObserver
+from simulations.observe_tagging import TaggingObserver
 from simulations.rows import Rows, lay_out
 
 RATING_METRICS: Mapping[str, Described] = {
@@ -37,6 +45,49 @@ class Predictions:
 
     shared: np.ndarray
     personal: np.ndarray
+    persona: np.ndarray | None = None  # with the user's weights of the personas, where there are any
+
+
+@dataclass(frozen=True)
+class Personas:
+    """Predictions (M, K) of every distinct text by each persona, and how a user weighs them."""
+
+    predictions: np.ndarray
+    config: PersonaConfig
+    profiles: Sequence[Mapping[str, str]]
+
+    def weights(self, user: int, texts: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Of one user (K,) who said so of these texts."""
+        return weights_of(self.predictions[texts], targets, persona=self.config, profile=self.profiles[user])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a personal method without a closed form works with.
+
+    Attributes:
+        head: Of the campaign.
+        arrays: Shared arrays it held when features were pooled.
+        inputs: Prepares the backbone outputs of every distinct text.
+        words: Every distinct text.
+        seed: Of the order of records.
+    """
+
+    head: RatingHead
+    arrays: Arrays
+    inputs: Callable[[], Features]
+    words: Sequence[str]
+    seed: int
+
+    def texts(self, features: np.ndarray, shared: np.ndarray) -> Texts:
+        """Every distinct text, from features (M, d) and shared predictions (M,), wherever these come from."""
+        load_shared(self.head, self.arrays)
+        own = self.head.apply_output(features.astype(np.float32), self.head.output_layer())
+        return Texts(features, shared, self.words, self.inputs(), shared - own)
+
+    def generator(self, user: int) -> np.random.Generator:
+        """Of the order of one user's records."""
+        return seeded_generator(seed=self.seed, purpose="fine-tuning", device=user, round_number=0)
 
 
 class Observer(Protocol):
@@ -44,7 +95,7 @@ class Observer(Protocol):
 
     @property
     def metrics(self) -> Mapping[str, Described]:
-        """What ``score`` gives; the first is the primary one, and less of it is better."""
+        """What ``score`` gives, and which of two values is the better one; the first is the primary metric."""
 
     @property
     def head(self) -> Head:
@@ -142,7 +193,27 @@ class RatingObserver:
 
     def federated(self, arrays: Arrays) -> dict[str, np.ndarray]:  # noqa: D102
         seen = self.predict(arrays, known=self.train, asked=self.test)
-        return {"federated": seen.shared, "personal": seen.personal}
+        persona = {} if seen.persona is None else {"persona": seen.persona}
+        return {"federated": seen.shared, **persona, "personal": seen.personal}
+
+    def cold_rows(self, arrays: Arrays, counts: Sequence[int]) -> dict[int, dict[str, np.ndarray]]:
+        """Test rows where every user has only so many training rows; see ``simulations.cold_start``."""
+        if personal_method(self._scenario.personal.method).private:
+            return {}  # made in the rounds, from all records
+        known, bare = {count: self.train.first(count) for count in counts}, self.bare_features()
+        start = np.full(len(bare), self._scenario.task.centre)
+        local = {count: self.personalize(bare, start, known=known[count], asked=self.test) for count in counts}
+        features, shared = self.text_predictions(arrays)
+        seen = {
+            count: self.personalize(
+                features, shared, known=known[count], asked=self.test, personas=self._personas(features)
+            )
+            for count in counts
+        }
+        return {
+            count: {"federated": seen[count].shared, "local": local[count].personal, "personal": seen[count].personal}
+            for count in counts
+        }
 
     def score(  # noqa: D102
         self, row: Any, *, reference: Any, seed: int, resamples: int
@@ -182,11 +253,35 @@ class RatingObserver:
     def predict(self, arrays: Arrays, *, known: Rows, asked: Rows) -> Predictions:
         """Fit every user's private part on the rows known, predict the rows asked."""
         features, shared = self.text_predictions(arrays)
-        return self.personalize(features, shared, known=known, asked=asked)
+        return self.personalize(features, shared, known=known, asked=asked, personas=self._personas(features))
 
-    def personalize(self, features: np.ndarray, shared: np.ndarray, *, known: Rows, asked: Rows) -> Predictions:
-        """Predictions with the scenario's private part, wherever the shared ones (M,) of the texts come from."""
-        return predict_personal(
+    def _personas(self, features: np.ndarray) -> Personas | None:
+        config = self._scenario.persona
+        if not config.count:
+            return None
+        profiles = [user.profile for user in self._dataset.users]
+        return Personas(persona_predictions(self.head, features), config, profiles)
+
+    def personalize(
+        self,
+        features: np.ndarray,
+        shared: np.ndarray,
+        *,
+        known: Rows,
+        asked: Rows,
+        personas: Personas | None = None,
+    ) -> Predictions:
+        """Predictions with the scenario's private part, wherever the shared ones (M,) of the texts come from.
+
+        Args:
+            features: Of every distinct text, at the arrays that the head holds.
+            shared: What the private part corrects, unless there are personas.
+            known: What every user has said.
+            asked: What is to be predicted.
+            personas: Of the same arrays.
+        """
+        bench = self._bench()
+        found = predict_personal(
             features,
             shared,
             known=known,
@@ -195,7 +290,20 @@ class RatingObserver:
             mean=self.public_mean(),
             personal=self._scenario.personal,
             task=self._scenario.task,
+            bench=bench,
+            personas=personas,
         )
+        load_shared(self.head, bench.arrays)  # a user's private part is left in it
+        forget_device(self.head)
+        return found
+
+    def _bench(self) -> Bench:
+        words = [text for text, _ in self._texts.row]
+        return Bench(self.head, read_shared(self.head), lambda: self._inputs, words, self._scenario.seed)
+
+    @cached_property
+    def _inputs(self) -> Features:
+        return self.head.prepare(self._texts.all)
 
     def text_predictions(self, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
         """Pooled features (M, d) and shared predictions (M,) of every distinct text."""
@@ -207,12 +315,19 @@ class RatingObserver:
         return mean
 
     def private_output(self, arrays: Arrays, user: int) -> PrivateOutput:
-        """The private part of one user, fitted on all of the user's training rows."""
-        features, shared = self.text_predictions(arrays)
+        """The private part of one user, made of all training rows; see ``client.personalize.fit_private``."""
         rows = self.train.of(user)
-        text = self.train.text[rows]
-        targets = self.train.target[rows]
-        return fit_output(self.head, features[text], shared[text], targets, personal=self._scenario.personal)
+        bench = self._bench()
+        return fit_private(
+            self.head,
+            arrays,
+            self._texts.all.select(self.train.text[rows].tolist()),
+            Scores(self.train.target[rows].tolist()),
+            personal=self._scenario.personal,
+            generator=bench.generator(user),
+            persona=self._scenario.persona,
+            profile=self._dataset.users[user].profile,
+        )
 
 
 def make_observer(
@@ -232,25 +347,59 @@ def predict_personal(
     mean: np.ndarray,
     personal: PersonalConfig,
     task: TaskConfig,
+    bench: Bench | None = None,
+    personas: Personas | None = None,
 ) -> Predictions:
-    """Fit a private part per user on the rows known, predict the rows asked.
+    """Make a private part per user of the rows known, predict the rows asked.
 
     Args:
         features: (M, d) pooled features of every distinct text.
         shared: (M,) shared predictions of every distinct text.
+        known: In every user's order of time.
         mean: (d,) public centre of the features.
+        bench: What methods need that have no closed form; by default there is none.
+        personas: In place of ``shared``, where a user weighs several.
+
+    Raises:
+        ScenarioError: The personal method needs a bench, or has no form for this task.
     """
-    fit = personal_method(personal.method)
     features = features.astype(np.float64)  # once, not once a user
-    predicted = np.empty(len(asked.text))
-    for user in range(users):
+    if personal_method(personal.method).closed:
+        bench = None
+    texts = bench.texts(features, shared) if bench else Texts(features, shared)
+    predicted = shared[asked.text].astype(np.float64)
+    grouped = predicted.copy()
+    for user in np.unique(asked.user).tolist() if users else ():
         have, want = known.of(user), asked.of(user)
-        text = known.text[have]
-        private = fit(features[text], known.target[have] - shared[text], mean=mean, personal=personal)
-        text = asked.text[want]
-        predicted[want] = private.predict(features[text], shared[text])
+        own, wanted = texts.take(known.text[have]), texts.take(asked.text[want])
+        if personas:
+            weights = personas.weights(user, known.text[have], known.target[have])
+            own = replace(own, shared=personas.predictions[known.text[have]] @ weights)
+            wanted = replace(wanted, shared=personas.predictions[asked.text[want]] @ weights)
+            grouped[want] = wanted.shared
+            if bench:
+                bench.head.membership = torch.from_numpy(weights).float()
+        predicted[want] = predict_user(
+            own,
+            known.target[have],
+            wanted,
+            mean=mean,
+            personal=personal,
+            head=bench.head if bench else None,
+            arrays=bench.arrays if bench else None,
+            generator=bench.generator(user) if bench else None,
+        )
     low, high = task.low, task.high
-    return Predictions(np.clip(shared[asked.text], low, high), np.clip(predicted, low, high))
+    return Predictions(
+        np.clip(shared[asked.text], low, high),
+        np.clip(predicted, low, high),
+        np.clip(grouped, low, high) if personas else None,
+    )
 
 
-OBSERVERS: dict[str, Callable[..., Observer]] = {"rating": RatingObserver, "generation": LanguageObserver}
+OBSERVERS: dict[str, Callable[..., Observer]] = {
+    "rating": RatingObserver,
+    "tagging": TaggingObserver,
+    "ranking": RankingObserver,
+    "generation": LanguageObserver,
+}

@@ -13,6 +13,7 @@ from shared.page import details, document, is_ours, items, plain, table, text, w
 __all__ = [
     "amount",
     "details",
+    "gap",
     "heading",
     "is_ours",
     "items",
@@ -92,13 +93,25 @@ HEADINGS = {
     "worst_decile": "Worst tenth of users",
     "share_gaining": "Users gaining",
     "perplexity": "Perplexity",
+    "macro_f1": "Macro-F1",
+    "user_accuracy": "Accuracy per user",
 }
-PERCENT = ("accuracy", "share_gaining")
+PERCENT = ("accuracy", "user_accuracy", "share_gaining")
 
 
 def heading(metric: str) -> str:
     """Name of a metric for a reader, plain text; its key where it has none."""
     return HEADINGS.get(metric, metric)
+
+
+def gap(metric: str, value: float) -> str:
+    """By how much two values of a metric differ; shares in percentage points.
+
+    Example:
+        >>> gap("accuracy", 0.055), gap("rmse", 0.055)
+        ('5.5 points', '0.0550')
+    """
+    return f"{100 * value:.1f} points" if metric in PERCENT else f"{value:.4f}"
 
 
 def score(metric: str, value: Interval, *, digits: int = 3, sign: bool = False) -> str:

@@ -193,6 +193,9 @@ WORDS = {
     "start_sha256": "hash of the public start",
     "public_texts_sha256": "hash of the texts taken to be public",
     "slots": "tensors that may travel, with their shapes",
+    "turns": "parts of them that a round changes, round by round and over again; none: all of them",
+    "private": "tensors a device trains in the same steps and keeps, with their shapes",
+    "choice_epsilon": "what a device's choice of its persona by its records costs, once, out of epsilon",
     "extensions": "choices from packages that are not ours",
 }
 

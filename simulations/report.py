@@ -11,20 +11,25 @@ from shared.audits import FILE as AUDIT
 from shared.audits import read_audit
 from shared.metrics import Interval
 from shared.policy import read_policy
-from simulations import membership_page, page
+from simulations import membership_page, new_users_page, page
 from simulations.audit.section import section as audit_section
 from simulations.figures import by_round, by_user
 from simulations.results import OverSeeds, RunFolder, Summary, check_summary, read_run
 
 ROWS = {
-    "constant": "the mean of all training ratings, for everyone",
+    "constant": "the mean of all training ratings, or their most frequent label, for everyone",
     "user-mean": "each user's own mean rating",
+    "user-majority": "each user's own most frequent label",
     "base": "the base model as published",
+    "random": "an order without an opinion",
+    "popularity": "how often everybody likes a text, counted in one place, no privacy",
+    "popularity + profile": "the same and a private profile; the counts have no privacy",
     "pooled": "all data in one place, no privacy",
     "local": "the personal method alone, no federation",
-    "dp-statistics-shared": "one private release of ratings per text, smoothed: shared part alone",
-    "dp-statistics": "one private release of ratings per text, and the private part: the rival to match",
+    "dp-statistics-shared": "one private release of ratings, or likes, per text, smoothed: shared part alone",
+    "dp-statistics": "one private release of ratings, or likes, per text, and the private part: the rival to match",
     "federated": "the shared part alone",
+    "persona": "the shared part with the personas of a user's group",
     "personal": "the shared part and a private part",
     "federated-linear": "linear head: the shared part alone",
     "personal-linear": "linear head: shared and private part",
@@ -75,13 +80,15 @@ def write_report(run_folder: Path) -> Path:
     folder = read_run(run_folder)
     summary = folder.summary
     round_figures, round_plots = by_round(folder.rounds, metric=summary.metric)
-    user_figures, user_plots = by_user(folder.users, less=_less_is_better(summary, folder.users.metric))
+    user_figures, user_plots = by_user(folder.users, less=summary.less_is_better(folder.users.metric))
+    people_figures, people = new_users_page.section(summary)
     attack_figures, attack = membership_page.section(summary)
     sections = [
         *_opening(folder),
         *_outcome(summary),
         *("<h2>User by user</h2>", *user_plots),
         *("<h2>Round by round</h2>", *round_plots),
+        *people,
         *attack,
         *_audited(run_folder),
         *_flows(summary),
@@ -89,8 +96,9 @@ def write_report(run_folder: Path) -> Path:
         *_repeat(folder),
     ]
     title = f"{summary.scenario}: a Sottovoce run"
+    figures = round_figures | user_figures | people_figures | attack_figures
     target = run_folder / "report.html"
-    page.write(target, page.page(title, "\n".join(sections), figures=round_figures | user_figures | attack_figures))
+    page.write(target, page.page(title, "\n".join(sections), figures=figures))
     return target
 
 
@@ -107,14 +115,15 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     said = checked.private or checked.claim.startswith(NOT_PRIVATE)
     lines = [checked.claim if said else f"{NOT_PRIVATE}. {checked.claim}"]
     name = page.heading(checked.metric)
-    for row in ("base", "local", "dp-statistics", "federated", "personal", "personal-linear"):
+    for row in ("base", "local", "dp-statistics", "federated", "persona", "personal", "personal-linear"):
         if row in checked.rows:
             found = page.score(checked.metric, checked.rows[row][checked.metric])
             lines.append(f"{name} {row:<15}  {found}  {ROWS[row]}")
     if (difference := checked.difference("personal", "local")) is not None:
-        side = "below" if _less_is_better(checked, checked.metric) else "above"
+        side = "below" if checked.less_is_better(checked.metric) else "above"
         found = page.score(checked.metric, difference, digits=4, sign=True)
         lines.append(f"{name} personal - local  {found}  {side} 0: personal is better")
+    lines += new_users_page.headline(checked)
     if checked.membership is not None:
         lines.append(membership_page.headline(checked.membership))
     return lines
@@ -127,11 +136,6 @@ def _audited(run_folder: Path) -> Iterator[str]:
             read_policy(path.read_text(encoding="utf-8")) for path in run_folder.glob("campaigns/*/policy.json")
         ]
         yield from audit_section(read_audit(run_folder / AUDIT), policies={policy.sha256 for policy in policies})
-
-
-def _less_is_better(summary: Summary, metric: str) -> bool:
-    """Errors are the rule: so it is where the run does not say."""
-    return metric not in summary.metrics or summary.metrics[metric].better == "less"
 
 
 def _opening(folder: RunFolder) -> Iterator[str]:
@@ -224,8 +228,9 @@ def _table_of_rows(summary: Summary) -> Iterator[str]:
     if summary.privacy_statistics is not None:
         yield (
             '<p id="statistics"><code>dp-statistics</code> is no federation of a model: every device sends, once, a '
-            "clipped sum of its ratings and a count for each public text. The noised sums are smoothed over similar "
-            "texts, and every device adds the private part of <code>personal</code>. It is another release on the same "
+            "clipped sum of its ratings and a count for each public text, or of its likes. The noised sums are "
+            "smoothed over similar texts, and every device adds the private part of <code>personal</code>. It is "
+            "another release on the same "
             f"data, with a claim of its own: {html.escape(summary.privacy_statistics.sentence)}</p>"
         )
     if seeds > 1:
@@ -303,11 +308,11 @@ def _against(summary: Summary, own: str, other: str) -> str:
         low, high = difference.low, difference.high
         if mine.value < theirs.value:
             low, high = -high, -low
-        interval = f"95 % interval {low:.4f} to {high:.4f}"
+        interval = f"95 % interval {page.gap(metric, low).removesuffix(' points')} to {page.gap(metric, high)}"
         if low <= 0 <= high:
             interval += ", which does not exclude zero"
     kind = "better" if summary.better(metric, mine.value, theirs.value) else "worse"
-    return f"it is {kind} than {against} by {abs(mine.value - theirs.value):.4f} ({interval})"
+    return f"it is {kind} than {against} by {page.gap(metric, abs(mine.value - theirs.value))} ({interval})"
 
 
 def _losses(summary: Summary, own: str) -> Iterator[str]:

@@ -4,13 +4,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
-import numpy as np
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     TypeAdapter,
@@ -20,27 +16,16 @@ from pydantic import (
 
 from shared.errors import DataError
 from shared.metrics import Interval
+from simulations.parts import Checked, ColdStart, Fairness, Membership, Part
 
 _T = TypeVar("_T")
 
 
-def _finite(interval: Interval) -> Interval:
-    if not np.isfinite([interval.value, interval.low, interval.high]).all():
-        raise ValueError("value, low and high must be finite")
-    return interval
-
-
-Checked = Annotated[Interval, AfterValidator(_finite)]
 Scores = dict[str, Checked]
 SCHEMA = 2
 
 
-class _Part(BaseModel):
-    # A newer writer may add keys: they are kept, and shown where a whole part is shown.
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Privacy(_Part):
+class Privacy(Part):
     """The claim of one campaign; ``epsilon`` is null where there is none."""
 
     trust: Literal["local", "distributed", "central", "none"]
@@ -55,7 +40,7 @@ class Privacy(_Part):
     sentence: str
 
 
-class Head(_Part):
+class Head(Part):
     """One exported personal head."""
 
     user: str
@@ -64,7 +49,7 @@ class Head(_Part):
     parity_max_abs: FiniteFloat | None = None
 
 
-class Federation(_Part):
+class Federation(Part):
     """How the shared part was trained, and what became of the replies."""
 
     method: str
@@ -75,7 +60,7 @@ class Federation(_Part):
     rejected: dict[str, int]
 
 
-class Data(_Part):
+class Data(Part):
     """The data set and the sizes of its parts, in records."""
 
     name: str
@@ -85,14 +70,14 @@ class Data(_Part):
     test: int
 
 
-class Metric(_Part):
+class Metric(Part):
     """What a metric is, and which of two values is the better one."""
 
     better: Literal["less", "more"]
     description: str = ""
 
 
-class OverSeeds(_Part):
+class OverSeeds(Part):
     """Mean of a metric over the seeds of a run with its 95 % t-interval, and the value of each seed."""
 
     value: FiniteFloat
@@ -101,7 +86,7 @@ class OverSeeds(_Part):
     values: list[FiniteFloat] = Field(min_length=2)
 
 
-class Resumed(_Part):
+class Resumed(Part):
     """Where a run that was interrupted went on."""
 
     campaign: str
@@ -110,57 +95,7 @@ class Resumed(_Part):
     at: str
 
 
-class AttackScore(_Part):
-    """How well a membership attack does: AUC, and TPR at the FPR of the attack, null where that is out of reach."""
-
-    auc: Checked
-    tpr: Checked | None
-
-
-class AttackOn(_Part):
-    """A membership attack on records or on users: target -> attack -> score; its null check and its control."""
-
-    members: int
-    non_members: int
-    users: int
-    interval: str
-    epsilon: FiniteFloat | None
-    delta: FiniteFloat | None
-    tpr_limit: FiniteFloat | None
-    attacked: dict[str, dict[str, AttackScore]]
-
-    @model_validator(mode="after")
-    def _has_controls(self) -> Self:
-        if not all(self.attacked.get(target) for target in ("unprotected", "untrained")):
-            raise ValueError("an attack must have been made without privacy, and on the untrained start")
-        return self
-
-    def biased(self) -> list[str]:
-        """Attacks that tell members from others where nothing was trained."""
-        return [
-            name for name, score in self.attacked["untrained"].items() if not score.auc.low <= 0.5 <= score.auc.high
-        ]
-
-    def detected(self, target: str) -> list[str]:
-        """Attacks that tell members from others in a target, by more than their bias."""
-        floor = {name: self.attacked["untrained"][name].auc.high for name in self.biased()}
-        return [
-            name
-            for name, score in self.attacked.get(target, {}).items()
-            if score.auc.low > max(0.5, floor.get(name, 0.5))
-        ]
-
-
-class Membership(_Part):
-    """The membership attack on the shared arrays of the run."""
-
-    held_out_share: FiniteFloat
-    fpr: FiniteFloat = Field(gt=0, lt=1)
-    records: AttackOn
-    users: AttackOn | None = None
-
-
-class Summary(_Part):
+class Summary(Part):
     """``summary.json``."""
 
     scenario: str
@@ -184,6 +119,8 @@ class Summary(_Part):
     federation: Federation
     data: Data
     membership: Membership | None = None
+    cold_start: ColdStart | None = None
+    fairness: Fairness | None = None
 
     @property
     def private(self) -> bool:
@@ -213,6 +150,10 @@ class Summary(_Part):
             return False
         return value < other if self.metrics[metric].better == "less" else value > other
 
+    def less_is_better(self, metric: str) -> bool:
+        """Errors are the rule: so it is where the run does not say."""
+        return metric not in self.metrics or self.metrics[metric].better == "less"
+
     def best(self, metric: str) -> float | None:
         """Best value of a metric over the rows; None where the run does not say what is better."""
         values = [scores[metric].value for scores in self.rows.values() if metric in scores]
@@ -238,14 +179,14 @@ class Summary(_Part):
         return self
 
 
-class Validation(_Part):
+class Validation(Part):
     """Primary metric on the validation rows: shared part alone, with the private part; null where not computed."""
 
     federated: FiniteFloat | None
     personal: FiniteFloat | None
 
 
-class Round(_Part):
+class Round(Part):
     """One line of ``metrics.jsonl``."""
 
     campaign: str
@@ -259,7 +200,7 @@ class Round(_Part):
     rejected: dict[str, int]
 
 
-class Users(_Part):
+class Users(Part):
     """``user_scores.json``."""
 
     metric: str
@@ -276,7 +217,7 @@ class Users(_Part):
         return self
 
 
-class Run(_Part):
+class Run(Part):
     """``run.json``."""
 
     created: str

@@ -21,6 +21,12 @@ class Rows:
         first, last = np.searchsorted(self.user, [user, user + 1])
         return slice(int(first), int(last))
 
+    def first(self, count: int) -> "Rows":
+        """The first ``count`` rows of every user, all of a user who has fewer."""
+        place = np.arange(len(self.user)) - np.searchsorted(self.user, self.user)
+        kept = place < count
+        return Rows(self.text[kept], self.target[kept], self.user[kept])
+
 
 def lay_out(dataset: Dataset, row_of: dict[tuple[str, str], int], part: Callable[[UserData], Sequence[Record]]) -> Rows:
     """Lay one part (fit, validation, train, test) of every user end to end."""

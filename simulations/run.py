@@ -34,6 +34,8 @@ from simulations.campaigns import (
     plan_unprotected,
     run_campaign,
 )
+from simulations.cold_start import measure_cold_start
+from simulations.fairness import check_groups
 from simulations.folder import (
     check_same_scenario,
     note_resumption,
@@ -43,6 +45,7 @@ from simulations.folder import (
     write_json,
 )
 from simulations.journal import Journal
+from simulations.lamp import check_labels
 from simulations.membership import attack_membership
 from simulations.score import score_run
 
@@ -103,6 +106,7 @@ def simulate(
             compared = results[len(plans) :]
             summary = score_run(scenario, dataset, results[: len(plans)], out=out, quiet=quiet)
             events.add_summary(summary)
+        summary |= measure_cold_start(scenario, base, dataset, results[: len(plans)], quiet=quiet)
         from simulations.heads import export_heads  # onnx is slow to import, and not needed before
 
         summary |= export_heads(results[0], exported, base, dataset, folder=out / "heads", quiet=quiet)
@@ -179,6 +183,8 @@ def _prepare(scenario: Scenario, *, quiet: bool) -> tuple[list[Plan], Base, Data
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
     dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
+    check_groups(scenario, dataset)
+    check_labels(scenario)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported = exported_users(scenario, dataset)
     return plan_campaigns(scenario, base, dataset, quiet=quiet), base, dataset, exported

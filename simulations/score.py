@@ -15,19 +15,29 @@ from shared.metrics import Interval
 from shared.progress import track
 from simulations.campaigns import Plan, Result
 from simulations.dp_statistics import Promise, promise, sensitivity
+from simulations.fairness import measure_fairness
 from simulations.folder import write_json
+from simulations.lamp import write_predictions
+from simulations.observe_ranking import RankingObserver
 
 SCHEMA = 2
 _COMPARED = (
     ("personal", "local"),
     ("personal", "federated"),
     ("personal", "pooled"),
+    ("personal", "persona"),
+    ("persona", "federated"),
+    ("persona", "pooled"),
+    ("persona", "local"),
     ("federated", "pooled"),
     ("federated", "base"),
     ("personal", "base"),
     ("personal", "personal-linear"),
     ("personal-linear", "local"),
     ("personal", "dp-statistics"),
+    ("federated", "popularity"),
+    ("personal", "popularity + profile"),
+    ("popularity + profile", "popularity"),
     ("personal-linear", "dp-statistics"),
 )
 _TUNING = {
@@ -56,7 +66,7 @@ def score_run(
     scores = {
         name: [observer.score(rows[name], reference=rows["local"], **scoring) for rows in by_seed] for name in names
     }
-    primary = next(iter(observer.metrics))
+    primary, described = next(iter(observer.metrics.items()))
     differences = {
         f"{a} - {b}": [observer.difference(rows[a], rows[b], **scoring) for rows in by_seed]
         for a, b in _COMPARED
@@ -68,6 +78,7 @@ def score_run(
         out / "user_scores.json",
         {"metric": primary, "users": users, "rows": {name: values.tolist() for name, values in per_user.items()}},
     )
+    write_predictions(scenario, dataset, by_seed[0]["personal"], folder=out)
     released = None
     if "dp-statistics" in names:
         released = promise(scenario.privacy, texts=len(dataset.public_texts), users=len(dataset.users))
@@ -93,6 +104,7 @@ def score_run(
             for name, each in scores.items()
         },
         "differences": {name: {primary: asdict(mean_over_seeds(each))} for name, each in differences.items()},
+        "fairness": measure_fairness(scenario, dataset, observer.scored_users(), per_user, better=described.better),
         "federation": {
             "method": scenario.federation.method,
             "personal_method": scenario.personal.method,
@@ -119,8 +131,11 @@ def score_run(
             suffix = result.plan.suffix.replace("-", "_")
             summary[f"privacy{suffix}"] = _describe_privacy(result.plan)
             summary[f"cost{suffix}"] = dict(result.cost)
+    if isinstance(observer, RankingObserver):
+        each = [{name: observer.exposure(row) for name, row in rows.items()} for rows in by_seed]
+        summary["exposure"] = {name: _mean_of([found[name] for found in each]) for name in names}
     if released:
-        summary["privacy_statistics"] = _describe_release(released, clip_norm=sensitivity(scenario.statistics))
+        summary["privacy_statistics"] = _describe_release(released, clip_norm=_bound_of_release(scenario))
     return summary
 
 
@@ -140,6 +155,10 @@ def mean_over_seeds(intervals: Sequence[Interval]) -> Interval:
     """
     value, low, high = np.mean([[i.value, i.low, i.high] for i in intervals], axis=0)
     return Interval(float(value), float(low), float(high))
+
+
+def _mean_of(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -192,6 +211,11 @@ def _describe_privacy(plan: Plan) -> dict[str, Any]:
         "policy_sha256": policy.sha256,
         "sentence": claim.sentence(),
     }
+
+
+def _bound_of_release(scenario: Scenario) -> float:
+    """Norm of a contribution: of ratings with their counts, or of likes."""
+    return sensitivity(scenario.statistics) if scenario.task.name == "rating" else 1.0
 
 
 def _describe_release(released: Promise, *, clip_norm: float) -> dict[str, Any]:

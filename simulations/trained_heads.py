@@ -24,7 +24,7 @@ from client.finetune import fine_tune
 from client.generation import Generator, open_generator
 from client.language import LanguageBase, open_lm_base
 from client.personalize import fit_output
-from client.private_head import PROBES, head_logits, language_parts, rating_parts
+from client.private_head import PROBES, encoder_parts, head_logits, language_parts
 from client.runtime import FleetBase, PersonalHead, open_base, open_head
 from client.site import resident_base, resident_dataset
 from shared.adapter import load_shared, make_start, read_shared, read_start
@@ -170,7 +170,7 @@ def _fit_rating(
     )
     pooled, shared = text_predictions(head, arrays, features)
     said = np.array([record.target for record in records], dtype=np.float64)
-    parts = rating_parts(head, fit_output(head, pooled, shared, said, personal=scenario.personal))
+    parts = encoder_parts(head, fit_output(head, pooled, shared, said, personal=scenario.personal))
     texts = list(dict.fromkeys(record.text for record in unseen))[:64]
     return texts, lambda fleet: build_head(base_folder=fleet, probe_texts=PROBES, **parts, **_settings("user"))
 

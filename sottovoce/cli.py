@@ -16,6 +16,7 @@ from client.cli import add_parser as add_client
 from shared.errors import DataError, ScenarioError, SottovoceError
 from sottovoce.audit_cli import add_parser as add_audit
 from sottovoce.card_cli import add_parser as add_card
+from sottovoce.lamp_cli import add_parser as add_lamp
 from sottovoce.policy_cli import add_parser as add_policy
 from sottovoce.server_cli import add_parser as add_server
 
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add_card(commands)
     _add_bench(commands)
     _add_data(commands)
+    add_lamp(commands)
     _add_list(commands)
     add_policy(commands)
     add_server(commands)
@@ -244,6 +246,7 @@ _BENCHMARKS = {
     "users": (3, "what user-level privacy costs: ours and two rivals at three epsilons (rounds: seeds)"),
     "lora": (1, "what LoRA adds to a linear head at user level, at three epsilons; fifteen minutes (rounds: seeds)"),
     "statistics": (4, "what the rival dp-statistics reaches, its constants chosen anew (rounds: seeds of the noise)"),
+    "methods": (1, "personal methods on one shared part, their constants chosen anew; an hour (rounds: seeds)"),
     "audits": (200, "audits: false alarms of each bound, faults found by epsilon, seconds (rounds: null runs)"),
 }
 
@@ -312,6 +315,12 @@ def _add_data_inspect(actions: "argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument(
         "--source", metavar="FOLDER|asset:NAME", help="where the data lie (default: as in the scenario)"
     )
+    parser.add_argument(
+        "--columns",
+        metavar="FIELD=COLUMN,…",
+        default="",
+        help="of jsonl, csv or parquet, such as user=id,text=review,target=stars",
+    )
     parser.add_argument("--show-text", action="store_true", help="show the text of the first record")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--json", action="store_true", help="print as JSON")
@@ -321,7 +330,10 @@ def _add_data_inspect(actions: "argparse._SubParsersAction[argparse.ArgumentPars
 def _data_inspect(options: argparse.Namespace) -> int:
     from simulations.inspect import inspect_data, lines
 
-    found = inspect_data(options.what, source=options.source, show_text=options.show_text, quiet=options.quiet)
+    columns = dict(pair.partition("=")[::2] for pair in options.columns.split(",") if pair)
+    found = inspect_data(
+        options.what, source=options.source, columns=columns, show_text=options.show_text, quiet=options.quiet
+    )
     print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)))
     return 0
 

@@ -8,8 +8,8 @@ import torch
 import client.optimizer
 from client.optimizer import PolicyOptimizer
 from client.train import make_trainable, train_shared
-from shared.adapter import load_start, make_start, read_shared, shared_parameters, shared_slots
-from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
+from shared.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
+from shared.config import AdapterConfig, FederationConfig, ModelConfig, PersonaConfig, Scenario, TaskConfig
 from shared.features import Features, compute_hidden
 from shared.head import Head, make_head
 from shared.model import Base
@@ -105,7 +105,7 @@ class Setting:
             "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "none", "head_blocks": 1,
             "technique": "lora", "reply_fields": ("arrays", "config.policy", "config.round"), "settings_sha256": "h",
             "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
-            "slots": tuple((slot.name, slot.shape) for slot in shared_slots(self.head)),
+            "slots": tuple((slot.name, slot.shape) for slot in trained_slots(self.head)),
         } | changes  # fmt: skip
         return Policy(grid=constants["noise_multiplier"] * constants["clip_norm"] / GRID_SIGMA, **constants)
 
@@ -165,6 +165,7 @@ def rating(base, texts, *, blocks=1, method="ffa-lora", rank=2, targets=("output
         model=ModelConfig(head_blocks=blocks),
         adapter=AdapterConfig(rank=rank, whitened_features=8, targets=targets),
         federation=FederationConfig(method=method),
+        persona=PersonaConfig(count=2 if method == "ifca" else 0),
     )
     features = compute_hidden(base, base.tokenize(texts, max_tokens=32), head_blocks=blocks)
     return Setting(base, scenario, features, [1.0 + i % 5 for i in range(len(texts))], Scores)

@@ -121,6 +121,8 @@ def test_inspect_counts_what_is_there(capsys, films):
         "target": {"min": 1.0, "median": 3.0, "max": 5.0},
         "distinct_texts": 2,
         "distinct_public_texts": 2,
+        "left_out": {},
+        "profiles": {},
         "first_record": {
             "user": "7",
             "item": "1",
@@ -130,6 +132,17 @@ def test_inspect_counts_what_is_there(capsys, films):
             "response": "",
         },
     }
+
+
+def test_inspect_shows_profiles_and_what_is_left_out(capsys, tmp_path):
+    rows = [f"u{n},good,{n % 3}" for n in range(10)]
+    (tmp_path / "t.csv").write_text("\n".join(["id,words,group", *rows, rows[0]]))
+    columns = "user=id,text=words,profile.group=group"
+    code, out, _ = run(capsys, "data", "inspect", "csv", "--source", tmp_path, "--columns", columns)
+    assert code == 0
+    assert "users:                10, 0 without a test record" in out
+    assert "left out:             1 rows equal to an earlier one" in out
+    assert "profile:              group: 0 4, 1 3, 2 3" in out
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
@@ -173,12 +186,12 @@ def test_inspect_refuses_what_is_neither_scenario_nor_format(capsys, tmp_path):
         ("ml-100k.inter", lambda content: content.replace(b"\t5\t", b"\tnan\t"), "line 2: rating must be in 1..5"),
         ("ml-100k.inter", lambda content: content.replace(b"\t5\t", b"\tinf\t"), "line 2: rating must be in 1..5"),
         ("ml-100k.inter", lambda content: content.replace(b"\t5\t", b"\t5\0\t"), "line 2: text must hold no NUL byte"),
-        ("ml-100k.inter", lambda content: content + b"7" * 100_000 + b"\n", "line 7: must be at most 10000 characters"),
+        ("ml-100k.inter", lambda content: content + b"7" * 100_000 + b"\n", "line 7: must be at most 10000 bytes"),
         ("ml-100k.inter", lambda content: b"", "line 1: header must be"),
         ("ml-100k.inter", lambda content: INTER.encode(), "must hold at least one row"),
         ("ml-100k.item", lambda content: content.replace(b"Heat", b"H\xe9at"), "line 3: text must be utf-8"),
         ("ml-100k.item", lambda content: content.decode().encode("utf-16"), "line 1: text must hold no NUL byte"),
-        ("ml-100k.item", None, "does not hold both files"),
+        ("ml-100k.item", None, "does not hold both, but"),
     ],
 )
 @pytest.mark.parametrize("command", ["data inspect", "simulate --quiet --dry-run", "simulate --quiet"])
@@ -202,7 +215,7 @@ def test_real_files_of_other_formats_are_named(capsys, tmp_path):
     for name in ("links.csv", "movies.csv", "ratings.csv", "tags.csv"):
         Path(tmp_path / name).touch()
     message = refused(capsys, "data", "inspect", "movielens-100k", "--source", tmp_path)
-    assert "holds movies.csv and ratings.csv, as MovieLens latest" in message
+    assert "data.format = 'movielens-latest' reads" in message
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from client.export_fleet import export_campaign_base
 from client.graph import graph_key, list_slots
 from client.graph_kernel import KernelTerm, kernel_term
 from client.personalize import PrivateOutput
-from client.private_head import personalize, rating_parts
+from client.private_head import encoder_parts, personalize
 from client.runtime import KERNEL_SLOT, bind_head, check_known_answer, open_base, open_head
 from client.verify import open_home_base, open_personal
 from shared.adapter import make_start, shared_parameters
@@ -87,7 +87,7 @@ def test_the_device_predicts_what_the_head_predicts(fleet, tiny_base, tiny_texts
     with torch.no_grad():
         shared = head.predict(*head.prepare(features).batch(range(len(texts)))).numpy()
     wanted = private.predict(pooled_features(head, features), shared)
-    manifest = export_head(tmp_path / "u1", **settings(head, fleet, tiny_texts) | rating_parts(head, private))
+    manifest = export_head(tmp_path / "u1", **settings(head, fleet, tiny_texts) | encoder_parts(head, private))
     found = open_head(tmp_path / "u1", base=fleet)
     np.testing.assert_allclose(found.raw(texts), wanted, atol=KERNEL_TOLERANCE)
     assert manifest["parity"]["max_abs"] <= KERNEL_TOLERANCE == manifest["parity"]["tolerance"]

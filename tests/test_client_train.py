@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from client.train import make_trainable, train_shared
-from shared.adapter import load_start, make_start, read_shared, shared_parameters, shared_slots
+from shared.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
 from shared.clipping import clipped_sum
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import PrivacyError, RefusedError
@@ -43,7 +43,7 @@ def make_policy(head, **changes):
         "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "fine-tune", "head_blocks": 1,
         "settings_sha256": "h", "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
         "technique": "lora", "reply_fields": ("arrays", "config.policy", "config.round"),
-        "slots": tuple((slot.name, slot.shape) for slot in shared_slots(head)),
+        "slots": tuple((slot.name, slot.shape) for slot in trained_slots(head)),
     }  # fmt: skip
     settings |= changes
     if settings["clip_norm"]:

@@ -162,7 +162,7 @@ def test_a_campaign_on_devices_has_neither_a_companion_nor_further_seeds(signed)
         (("--set", "privacy.trust=central"), "unit 'record' under trust 'central' has no mechanism"),
         (("--set", "privacy.unit=team"), "privacy.unit must be"),
         (("--set", "colour=red"), "colour is not a setting"),
-        (("--set", "personal.method=fedper"), "personal.method must be"),
+        (("--set", "personal.method=pfedme"), "personal.method must be"),
     ],
 )
 def test_wrong_settings_are_refused_and_nothing_is_written(scenario, refused, tmp_path, words, says):

@@ -10,8 +10,8 @@ from torch import nn
 from client.personalize import PERSONAL_METHODS, fit_ridge
 from client.train import make_trainable
 from shared.adapter import load_shared
-from shared.compatible import SEQUENTIAL, Choices, check_compatible
-from shared.config import PersonalConfig
+from shared.compatible import Choices, check_compatible
+from shared.config import PERSONAL_NAMES, PersonalConfig
 from shared.errors import PrivacyError, ScenarioError
 from shared.head import RatingHead, pooled_features
 from shared.lora import FEDERATION_METHODS, TECHNIQUES
@@ -56,7 +56,7 @@ def test_exactly_the_allowed_combinations_pass_and_others_are_told_what_is(insta
         except PrivacyError as error:
             refused[combination] = str(error)
     everything = itertools.product(*kinds)
-    unread = (*SEQUENTIAL, "apart")
+    unread = (*PERSONAL_NAMES, "apart")
     assert passed == {
         (federation, personal, technique, unit, trust)
         for federation, personal, technique, unit, trust in everything
@@ -67,7 +67,7 @@ def test_exactly_the_allowed_combinations_pass_and_others_are_told_what_is(insta
     for (_, personal, _, unit, trust), says in refused.items():
         if (unit, trust) == ("record", "local"):
             assert repr(personal) in says
-            assert f"allowed personal methods here: {list(SEQUENTIAL)}" in says
+            assert f"allowed personal methods here: {list(PERSONAL_NAMES)}" in says
             assert "read_by_shared_step = False" in says
         else:
             assert "allowed: unit 'record' under trust 'local', unit 'user' under trust 'distributed'" in says

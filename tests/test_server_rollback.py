@@ -113,7 +113,7 @@ def test_after_a_no_go_and_a_roll_back_every_device_answers_from_the_old_arrays(
     for name, array in old.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
         np.testing.assert_array_equal(found.optimizer.first[name], old.optimizer.first[name])
-    assert found.optimizer.step == old.optimizer.step
+    assert found.optimizer.steps == old.optimizer.steps
 
     asked, error = run(campaign, grid, Judge(campaign, Curve(0.93, 1.4)))
     assert isinstance(error, NoGoError)
@@ -163,7 +163,7 @@ def ran(world, tmp_path):
     start = start_checkpoint(campaign)
     for number in range(1, 5):
         arrays = {name: draw.normal(size=array.shape).astype(np.float32) for name, array in start.arrays.items()}
-        optimizer = OptimizerState(number, arrays, arrays)
+        optimizer = OptimizerState(dict.fromkeys(arrays, number), arrays, arrays)
         seats = {0: number, 1: 1}
         checkpoint = replace(
             start, round_number=number, arrays=arrays, optimizer=optimizer, participations=seats, answered=seats

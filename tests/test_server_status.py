@@ -83,7 +83,7 @@ def campaign(server):
             start,
             round_number=number,
             arrays=arrays,
-            optimizer=OptimizerState(number),
+            optimizer=OptimizerState({"output.weight": number}),
             participations={0: min(number, 2), 1: 1},
             latest=latest,
             total=total,

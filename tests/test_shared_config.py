@@ -61,7 +61,10 @@ def test_a_resolved_scenario_is_read_back_as_itself(tmp_path):
             '[privacy]\ntrust = "nobody"',
             ["privacy.trust must be 'local', 'distributed', 'central' or 'none'", "'nobody'"],
         ),
-        ('[federation]\nmethod = "fedsgd"', ["federation.method must be 'fedavg' or 'ffa-lora'", "'fedsgd'"]),
+        (
+            '[federation]\nmethod = "fedsgd"',
+            ["federation.method must be 'fedavg', 'ffa-lora', 'rolora' or 'ifca'", "'fedsgd'"],
+        ),
         ('[model]\nhead_blocks = "some"', ["model.head_blocks must be a valid integer or 'all'", "'some'"]),
         ("[task]\nlow = 5.0\nhigh = 5.0", ["task.low must be below task.high", "5.0"]),
         ("[federation]\nrounds = true", ["federation.rounds must be", "True"]),

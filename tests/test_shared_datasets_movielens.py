@@ -167,7 +167,7 @@ def test_a_title_may_hold_what_some_take_for_a_line_end(tmp_path):
         ("2\t1\t5\t" + "9" * 5000, "timestamp must have at most 18 digits, got 5000"),
         ("2\t1\t" + "a" * 500 + "\t300", "rating must be a number, got '" + "a" * 59 + "…'"),
         ("2\t1\t5\t3\0", "text must hold no NUL byte, got one"),
-        ("2\t1\t5\t" + "9" * 20_000, "must be at most 10000 characters long, got 20006"),
+        ("2\t1\t5\t" + "9" * 20_000, "must be at most 10000 bytes long, got more"),
     ],
 )
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_bad_rating_is_refused_by_file_and_line(tmp_path, write, name, films, 
         ("1\tFilm\t1990\tDrama", "item id 1 must occur once"),
         ("six\tFilm\t1990\tDrama", "item id must be a whole number, got 'six'"),
         ("6\t\t\tDrama", "must have a title and a genre, got ''"),
-        ("6\tFilm\t1990\t", "must have a title and a genre, got 'Film (1990)' and []"),
+        ("6\tFilm\t1990\t", "must have a title and a genre, got 'Film (1990)' and ''"),
     ],
 )
 def test_a_bad_film_is_refused_in_the_recbole_copy(tmp_path, bad, says):
@@ -269,9 +269,12 @@ def test_utf_16_is_refused(tmp_path, write, name):
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["movies.csv", "ratings.csv", "tags.csv"], "holds movies.csv and ratings.csv, as MovieLens latest"),
-        (["movies.dat", "ratings.dat"], "holds movies.dat and ratings.dat, as MovieLens 1M"),
-        (["u.data", "notes.txt"], "does not hold both files of either layout, but notes.txt, u.data."),
+        (
+            ["movies.csv", "ratings.csv", "tags.csv"],
+            "holds movies.csv and ratings.csv, which data.format = 'movielens-latest' reads",
+        ),
+        (["movies.dat", "ratings.dat"], "holds movies.dat and ratings.dat, which data.format = 'movielens-1m' reads"),
+        (["u.data", "notes.txt"], "does not hold both, but notes.txt, u.data."),
         ([f"{i}.txt" for i in range(9)], "but 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, …."),
         ([], "but nothing."),
     ],
@@ -287,12 +290,14 @@ def test_a_missing_file_names_what_is_expected(tmp_path, name):
     (recbole(tmp_path) / name).unlink()
     message = refused(tmp_path)
     assert "ml-100k.inter and ml-100k.item or u.data and u.item" in message
-    assert f"{tmp_path} does not hold both" in message
+    assert f"{tmp_path} does not hold both, but" in message
     assert "is not a folder" in refused(tmp_path / "nowhere")
 
 
 def test_an_unknown_format_names_the_known_ones(tmp_path):
-    with pytest.raises(ScenarioError, match=r"data format must be 'movielens-100k', .* or 'sotu', got 'movielens-1b'"):
+    with pytest.raises(
+        ScenarioError, match=r"data format must be 'movielens-100k', .* or 'parquet', got 'movielens-1b'"
+    ):
         datasets.read("movielens-1b", tmp_path)
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 import shared.head
 from client.train import make_trainable, train_shared
-from shared.adapter import load_start, make_start, read_shared, shared_parameters, shared_slots
+from shared.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import ScenarioError
 from shared.features import Features, compute_hidden
@@ -84,7 +84,7 @@ class Setting:
             "cohort_size": 2, "federation_method": "ffa-lora", "personal_method": "none", "head_blocks": 1,
             "settings_sha256": "h", "base_sha256": "b", "start_sha256": "s", "public_texts_sha256": "p",
             "technique": "lora", "reply_fields": ("arrays", "config.policy", "config.round"),
-            "slots": tuple((slot.name, slot.shape) for slot in shared_slots(head)),
+            "slots": tuple((slot.name, slot.shape) for slot in trained_slots(head)),
         }  # fmt: skip
         constants |= changes
         policy = Policy(**constants, grid=constants["noise_multiplier"] * constants["clip_norm"] / GRID_SIGMA)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from opacus import GradSampleModule
 
-from shared.adapter import load_start, make_start, shared_parameters, shared_slots
+from shared.adapter import load_start, make_start, shared_parameters, trained_slots
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import CampaignError, ScenarioError
 from shared.features import compute_features
@@ -89,7 +89,7 @@ def test_two_public_texts_with_the_same_features_make_no_feature_large(tiny_base
 @pytest.mark.parametrize(("kernel", "whitened", "size"), [(6, 8, 15), ("all", 0, 22), (0, 8, 9)])
 def test_only_the_output_grows(tiny_base, tiny_texts, kernel, whitened, size):
     head, start, _ = started(tiny_base, tiny_texts, kernel=kernel, whitened=whitened)
-    slots = {slot.name: slot.shape for slot in shared_slots(head)}
+    slots = {slot.name: slot.shape for slot in trained_slots(head)}
     assert slots.pop("output.weight") == (1, size)
     assert all("lora_" in name for name in slots)
     assert {name for name in start if name.startswith("kernel.")} == (

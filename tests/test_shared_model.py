@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.adapter import check_arrays, load_shared, make_start, read_shared, shared_parameters, shared_slots
+from shared.adapter import check_arrays, load_shared, make_start, read_shared, shared_parameters, trained_slots
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import AssetError, CampaignError, ScenarioError
 from shared.features import cached_features, compute_features, compute_hidden
@@ -103,7 +103,7 @@ def test_a_damaged_shard_is_computed_anew(tiny_base, tiny_texts, tmp_path, damag
 )
 def test_a_method_trains_its_parts_and_nothing_of_the_base(tiny_base, method, parts):
     head = make_head(tiny_base, blocks=1, method=method)
-    slots = shared_slots(head)
+    slots = trained_slots(head)
     assert {slot.name.split(".")[-1] for slot in slots} == parts
     assert all(slot.scope == "global" for slot in slots)
     assert all("block.1." in slot.name or slot.name == "output.weight" for slot in slots)
@@ -158,7 +158,7 @@ def test_arrays_go_in_and_out_and_wrong_ones_stay_out(tiny_base):
     }
     for says, changed in wrong.items():
         with pytest.raises(CampaignError, match=says):
-            check_arrays(changed, shared_slots(head))
+            check_arrays(changed, trained_slots(head))
 
 
 def test_heads_share_no_state_with_each_other_or_the_base(tiny_base):

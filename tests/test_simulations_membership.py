@@ -18,8 +18,9 @@ from simulations import membership_page
 from simulations.dry_run import describe, lines
 from simulations.membership import _promise_for_records, _promise_for_users, separation
 from simulations.observe import RatingObserver
+from simulations.parts import AttackOn
 from simulations.report import headline, write_report
-from simulations.results import AttackOn, check_summary
+from simulations.results import check_summary
 from simulations.run import simulate
 
 LEAN = ("linear.enabled=false", "statistics.enabled=false", "export.users=0", "evaluation.every_rounds=3")

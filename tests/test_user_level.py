@@ -130,7 +130,7 @@ def test_the_noise_of_central_is_that_of_the_policy(central):
     assert has_spread_one(values)
     assert not has_spread_one(values * 1.05)  # the test has power
     assert not has_spread_one(values / math.sqrt(policy.cohort_size))  # noise meant for the mean
-    mean = mean_of_sum(sum(quiet), policy=policy)
+    mean = mean_of_sum(sum(quiet), policy=policy, round_number=1)
     flat = np.concatenate([array.ravel() for array in mean.values()]) * policy.cohort_size
     wanted = sum(np.concatenate([array.ravel() for array in change.values()]) for change in changes)
     assert np.abs(flat - wanted).max() < 4 * policy.grid  # the constant cohort, though three contributed
@@ -349,7 +349,7 @@ def test_owned_devices_sum_exactly_and_the_server_sees_no_vector_of_anybody(
     policy = distributed.campaign.policy
     assert len(whole) == 5
     assert all(vector.any() for vector in whole)
-    wanted = mean_of_sum(sum(whole), policy=policy)
+    wanted = mean_of_sum(sum(whole), policy=policy, round_number=1)
     assert last.latest.replies == 5
     assert not last.latest.rejected
     kept = 1 - distributed.campaign.scenario.federation.server_momentum  # of Adam's first moment, after one round

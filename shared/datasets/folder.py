@@ -82,7 +82,7 @@ def read_folder(path: Path, *, format: str, columns: Mapping[str, str]) -> Folde
     found: dict[Record, None] = {}
     skipped: Counter[str] = Counter()
     for row in _rows(path, format, columns):
-        made = row if isinstance(row, str) else _record(row, columns)
+        made = row if isinstance(row, str) else record_of(row, columns)
         if isinstance(made, str):
             skipped[made] += 1
         elif made in found:
@@ -142,9 +142,9 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(found)
 
 
-def _record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record | str:
+def record_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record | str:
     """The record of a row, or the reason why there is none."""
-    values = {field: _find(row, column) for field, column in columns.items()}
+    values = {field: find(row, column) for field, column in columns.items()}
     text, response = values.get("text", ""), values.get("response", "")
     if not all(isinstance(value, str) and is_text(value) for value in (text, response)):
         return "text"
@@ -153,7 +153,7 @@ def _record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record | str:
     target = _number(values["target"]) if "target" in columns else 0.0
     if target is None:
         return "target"
-    item = _item(values.get("item"))
+    item = plain_text(values.get("item"))
     if item is None:
         return "item"
     timestamp = _seconds(values.get("timestamp"))
@@ -162,13 +162,13 @@ def _record(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record | str:
     return Record(text, target, item, timestamp, response)
 
 
-def _find(row: Mapping[str, Any], column: str) -> Any:
+def find(row: Mapping[str, Any], column: str) -> Any:
     """A value by the name of its column, or by its path in nested objects; None where there is none."""
     if column in row:
         return row[column]
     first, _, rest = column.partition(".")
     inner = row.get(first)
-    return _find(inner, rest) if rest and isinstance(inner, Mapping) else None
+    return find(inner, rest) if rest and isinstance(inner, Mapping) else None
 
 
 def _number(value: object) -> float | None:
@@ -181,7 +181,8 @@ def _number(value: object) -> float | None:
     return number + 0.0 if abs(number) < _USUAL else None  # not -0.0, which is written otherwise and equal
 
 
-def _item(value: object) -> str | None:
+def plain_text(value: object) -> str | None:
+    """A text or whole number as text, nothing as the empty text; None for anything else."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):

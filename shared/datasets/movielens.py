@@ -1,242 +1,194 @@
-"""MovieLens 100k, as GroupLens published it or RecBole copied it: films as texts, stars as targets."""
+"""MovieLens as GroupLens publishes it, or RecBole copied it: films as texts, stars as targets, one reader a release."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import DataError
-
-from .records import Dataset, Record, UserData, split_by_time
+from .lines import at, csv_rows
+from .movielens_rows import (
+    Profiles,
+    Rows,
+    film_text,
+    find_files,
+    make_dataset,
+    not_empty,
+    read_films,
+    read_profiles,
+    read_ratings,
+    separated,
+    short,
+    stated,
+    whole_number,
+)
+from .records import Dataset
 
 # In the order of the flags in u.item.
 GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
     "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
-MAX_LINE = 10_000  # the longest published one has 200
-MAX_DIGITS = 18  # fits 64 bits
-OTHER_RELEASES = {
-    "MovieLens latest, 20M or 25M": ("movies.csv", "ratings.csv"),
-    "MovieLens 1M or 10M": ("movies.dat", "ratings.dat"),
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way the same data were published.
-
-    Args:
-        ratings: File with one rating a line: user, item, rating, timestamp, parted by TAB.
-        films: File with one film a line.
-        encoding: Of both files.
-        ratings_header: First line of ``ratings``, or None where there is no header.
-        films_header: First line of ``films``, or None.
-        separator: Parts the columns of ``films``.
-        num_columns: Columns of ``films``, the first being the item id.
-        text: The other columns of a film -> its text; ValueError says what is wrong with them.
-    """
-
-    ratings: str
-    films: str
-    encoding: str
-    ratings_header: str | None
-    films_header: str | None
-    separator: str
-    num_columns: int
-    text: Callable[[list[str]], str]
+# By the number that stands for it in users.dat.
+OCCUPATIONS = (
+    "other", "academic/educator", "artist", "clerical/admin", "college/grad student", "customer service",
+    "doctor/health care", "executive/managerial", "farmer", "homemaker", "K-12 student", "lawyer", "programmer",
+    "retired", "sales/marketing", "scientist", "self-employed", "technician/engineer", "tradesman/craftsman",
+    "unemployed", "writer",
+)  # fmt: skip
+NO_GENRES = "(no genres listed)"
 
 
 def read_100k(folder: Path) -> Dataset:
     """Read MovieLens 100k from either layout; RecBole's wins where both are there.
 
     Args:
-        folder: Holds ``ml-100k.inter`` and ``ml-100k.item``, or ``u.data`` and ``u.item``.
+        folder: Holds ``ml-100k.inter`` and ``ml-100k.item``, or ``u.data`` and ``u.item``; for profiles also
+            ``ml-100k.user`` or ``u.user``.
 
     Returns:
         Users by ascending id, each split by time; the catalogue is the text of every film, rated or not, by
-        ascending item id, each text once (18 films are listed under two ids).
+        ascending item id, each text once (18 films are listed under two ids). A profile has gender, age (the first
+        year of the band of MovieLens 1M) and occupation.
 
     Raises:
         DataError: A file is missing, empty, or holds a line that is not as published, which is named.
 
     Guarantee:
-        Both layouts give the same texts for the same film.
+        Both layouts give the same texts for the same film, and the same profile of the same user.
 
     Source:
         Harper and Konstan 2015, The MovieLens Datasets, and the README of ml-100k.
     """
-    layout = _find_layout(folder)
-    texts = _read_films(folder / layout.films, layout)
-    rows = _read_ratings(folder / layout.ratings, layout, texts)
-    users = tuple(UserData(str(user), *split_by_time(rows[user])) for user in sorted(rows))
-    return Dataset("movielens-100k", users, tuple(dict.fromkeys(texts[item] for item in sorted(texts))))
+    ratings, films = find_files(folder, "movielens-100k")
+    layout = _LAYOUTS[ratings.name]
+    texts = read_films(films, layout.films(films), layout.text)
+    rows = read_ratings(ratings, layout.ratings(ratings), texts, films=films.name)
+    users = folder / layout.users_file
+    return make_dataset("movielens-100k", rows, texts, read_profiles(users, layout.users(users), _profile_100k))
 
 
-def _find_layout(folder: Path) -> Layout:
-    for layout in LAYOUTS:
-        if (folder / layout.ratings).is_file() and (folder / layout.films).is_file():
-            return layout
-    expected = " or ".join(f"{layout.ratings} and {layout.films}" for layout in LAYOUTS)
-    raise DataError(f"MovieLens 100k needs {expected}; {folder} {_found(folder)}. Give the folder that holds them.")
+def read_1m(folder: Path) -> Dataset:
+    """Read MovieLens 1M: ratings.dat and movies.dat, and users.dat for profiles, parted by ``::``, latin-1.
+
+    Args:
+        folder: Holds the files.
+
+    Returns:
+        As ``read_100k``; a profile's occupation is the name that the README gives to the number.
+
+    Raises:
+        DataError: A file is missing, empty, or holds a line that is not as published, which is named.
+
+    Source:
+        Harper and Konstan 2015, The MovieLens Datasets, and the README of ml-1m.
+    """
+    ratings, films = find_files(folder, "movielens-1m")
+    texts = read_films(films, _dat(films, 3), lambda columns: film_text(columns[0], _genres(columns[1])))
+    rows = read_ratings(ratings, _dat(ratings, 4), texts, films=films.name)
+    users = folder / "users.dat"
+    profiles: Profiles = read_profiles(users, _dat(users, 5), _profile_1m)
+    return make_dataset("movielens-1m", rows, texts, profiles)
 
 
-def _found(folder: Path) -> str:
-    if not folder.is_dir():
-        return "is not a folder"
-    names = sorted(path.name for path in folder.iterdir())
-    for release, files in OTHER_RELEASES.items():
-        if set(files) <= set(names):
-            return f"holds {' and '.join(files)}, as {release} has them, which this format does not read"
-    shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
-    return f"does not hold both files of either layout, but {shown or 'nothing'}"
+def read_latest(folder: Path) -> Dataset:
+    """Read MovieLens latest, or another release with ratings.csv and movies.csv (20M, 25M, 32M): stars from 0.5 to 5.
+
+    Args:
+        folder: Holds the two files.
+
+    Returns:
+        As ``read_100k``, without profiles, which these releases do not have; a film without a genre has ``unknown``.
+        Targets are half stars as published: the scale is ``task.low = 0.5``.
+
+    Raises:
+        DataError: A file is missing, empty, or holds a line that is not as published, which is named; or the release
+            holds more ratings than a simulation does.
+
+    Source:
+        Harper and Konstan 2015, The MovieLens Datasets, and the README of ml-latest-small.
+    """
+    ratings, films = find_files(folder, "movielens-latest")
+    texts = read_films(
+        films, _csv(films, "movieId,title,genres"), lambda columns: film_text(columns[0], _genres(columns[1]))
+    )
+    rows = read_ratings(ratings, _csv(ratings, "userId,movieId,rating,timestamp"), texts, films=films.name, step=0.5)
+    return make_dataset("movielens-latest", rows, texts, {})
 
 
-def _read_films(path: Path, layout: Layout) -> dict[int, str]:
-    texts: dict[int, str] = {}
-    for line, columns in _rows(path, layout.encoding, layout.films_header, layout.separator, layout.num_columns):
-        try:
-            item = _whole_number("item id", columns[0])
-            if item in texts:
-                raise ValueError(f"item id {item} must occur once, got it a second time")
-            texts[item] = layout.text(columns[1:])
-        except ValueError as error:
-            raise _at(path, line, str(error)) from None
-    return texts
+@dataclass(frozen=True)
+class _Layout:
+    """One way MovieLens 100k was published: how its files are parted, and what makes a text of a film's columns."""
+
+    ratings: Callable[[Path], Rows]
+    films: Callable[[Path], Rows]
+    users: Callable[[Path], Rows]
+    users_file: str
+    text: Callable[[list[str]], str]
 
 
-def _read_ratings(path: Path, layout: Layout, texts: dict[int, str]) -> dict[int, list[Record]]:
-    rows: dict[int, list[Record]] = {}
-    seen: set[tuple[int, int]] = set()
-    for line, columns in _rows(path, layout.encoding, layout.ratings_header, "\t", 4):
-        try:
-            user = _whole_number("user id", columns[0])
-            item = _whole_number("item id", columns[1])
-            if item not in texts:
-                raise ValueError(f"item id must be listed in {layout.films}, got {item}")
-            if (user, item) in seen:
-                raise ValueError(f"user {user} must rate item {item} once, got a second rating")
-            seen.add((user, item))
-            record = Record(
-                text=texts[item],
-                target=_stars(columns[2]),
-                item=str(item),
-                timestamp=_whole_number("timestamp", columns[3]),
-            )
-        except ValueError as error:
-            raise _at(path, line, str(error)) from None
-        rows.setdefault(user, []).append(record)
-    return rows
+def _recbole(num_columns: int, header: str) -> Callable[[Path], Rows]:
+    return lambda path: separated(path, "\t", num_columns, encoding="utf-8", header=header)
 
 
-def _rows(
-    path: Path, encoding: str, header: str | None, separator: str, num_columns: int
-) -> Iterator[tuple[int, list[str]]]:
-    """Give line number and columns of each line after the header."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} must be readable, got: {error.strerror}; check its permissions.") from error
-    if (nul := content.find(b"\0")) >= 0:
-        raise _at(path, content.count(b"\n", 0, nul) + 1, "text must hold no NUL byte, got one")
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _at(path, line, f"text must be {encoding}, got byte 0x{content[error.start]:02x}") from None
-    if encoding == "latin-1" and not content.isascii() and _is_utf8(content):  # latin-1 itself refuses nothing
-        raise DataError(f"{path} must be latin-1 as published, got utf-8; fetch or copy the file again.")
-    # Not splitlines(): it would also split at characters that titles may hold.
-    lines = [row.removesuffix("\r") for row in text.rstrip("\r\n").split("\n")]
-    if header is not None and lines[0] != header:
-        raise _at(path, 1, f"header must be {header!r}, got {_short(lines[0])!r}")
-    first = 0 if header is None else 1
-    if lines[first:] in ([], [""]):
-        raise DataError(f"{path} must hold at least one row, got none; fetch or copy the file again.")
-    for number, row in enumerate(lines[first:], start=first + 1):
-        if len(row) > MAX_LINE:
-            raise _at(path, number, f"must be at most {MAX_LINE} characters long, got {len(row)}")
-        columns = row.split(separator)
-        if len(columns) != num_columns:
-            raise _at(path, number, f"must have {num_columns} columns, got {len(columns)}")
-        yield number, columns
+def _grouplens(num_columns: int, separator: str) -> Callable[[Path], Rows]:
+    return lambda path: separated(path, separator, num_columns, encoding="latin-1")
+
+
+def _dat(path: Path, num_columns: int) -> Rows:
+    return separated(path, "::", num_columns, encoding="latin-1")
+
+
+def _csv(path: Path, header: str) -> Rows:
+    rows = csv_rows(path)
+    _, first = next(rows, (1, []))
+    if first != header.split(","):
+        raise at(path, 1, f"header must be {header!r}, got {short(','.join(first))!r}")
+    return not_empty(rows, path)
 
 
 def _text_recbole(columns: list[str]) -> str:
     title, year, genres = columns
     if year == "unkonwn":  # so spelt by RecBole, for the one film without title, date and genre
         title, year = title.replace("unkonwn", "unknown"), ""
-    return _text(f"{title} ({year})" if year else title, genres.split())
+    return film_text(f"{title} ({year})" if year else title, genres.split())
 
 
 def _text_grouplens(columns: list[str]) -> str:
     title, _release, _video_release, _url, *flags = columns
     if not set(flags) <= {"0", "1"}:
-        raise ValueError(f"the {len(GENRES)} genre flags must be 0 or 1, got {_short('|'.join(flags))}")
-    return _text(title, [genre for genre, flag in zip(GENRES, flags, strict=True) if flag == "1"])
+        raise ValueError(f"the {len(GENRES)} genre flags must be 0 or 1, got {short('|'.join(flags))}")
+    return film_text(title, [genre for genre, flag in zip(GENRES, flags, strict=True) if flag == "1"])
 
 
-def _text(title_and_year: str, genres: list[str]) -> str:
-    title_and_year = title_and_year.strip()  # some published titles end in a blank
-    if not title_and_year or not genres:
-        raise ValueError(f"a film must have a title and a genre, got {_short(title_and_year)!r} and {genres}")
-    return f"{title_and_year}. {', '.join(genres)}"
+def _genres(text: str) -> list[str]:
+    return ["unknown"] if text == NO_GENRES else text.split("|")
 
 
-def _whole_number(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise ValueError(f"{name} must be a whole number, got {_short(text)!r}")
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"{name} must have at most {MAX_DIGITS} digits, got {len(text)}")
-    return int(text)
+def _profile_100k(columns: list[str]) -> dict[str, str]:
+    age, gender, occupation, _zip_code = columns
+    return stated(gender, age, occupation)
 
 
-def _stars(text: str) -> float:
-    try:
-        stars = float(text) if text.isascii() and "_" not in text else math.nan  # Python takes more for a number
-    except ValueError:
-        raise ValueError(f"rating must be a number, got {_short(text)!r}") from None
-    if not 1 <= stars <= 5:
-        raise ValueError(f"rating must be in 1..5, got {_short(text)}")
-    return stars
+def _profile_1m(columns: list[str]) -> dict[str, str]:
+    gender, age, occupation, _zip_code = columns
+    number = whole_number("occupation", occupation)
+    if number >= len(OCCUPATIONS):
+        raise ValueError(f"occupation must be in 0..{len(OCCUPATIONS) - 1}, got another")
+    return stated(gender, age, OCCUPATIONS[number])
 
 
-def _short(text: str) -> str:
-    """A value quoted in a message: never a whole line of a user's file."""
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _at(path: Path, line: int, what: str) -> DataError:
-    return DataError(f"{path}, line {line}: {what}. Compare the file with the published one, or fetch it again.")
-
-
-LAYOUTS = (
-    Layout(
-        ratings="ml-100k.inter",
-        films="ml-100k.item",
-        encoding="utf-8",
-        ratings_header="user_id:token\titem_id:token\trating:float\ttimestamp:float",
-        films_header="item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq",
-        separator="\t",
-        num_columns=4,
+_LAYOUTS = {
+    "ml-100k.inter": _Layout(
+        ratings=_recbole(4, "user_id:token\titem_id:token\trating:float\ttimestamp:float"),
+        films=_recbole(4, "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"),
+        users=_recbole(5, "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token"),
+        users_file="ml-100k.user",
         text=_text_recbole,
     ),
-    Layout(
-        ratings="u.data",
-        films="u.item",
-        encoding="latin-1",
-        ratings_header=None,
-        films_header=None,
-        separator="|",
-        num_columns=5 + len(GENRES),
+    "u.data": _Layout(
+        ratings=_grouplens(4, "\t"),
+        films=_grouplens(5 + len(GENRES), "|"),
+        users=_grouplens(5, "|"),
+        users_file="u.user",
         text=_text_grouplens,
     ),
-)
+}

@@ -1,8 +1,8 @@
 """What every data format is read into, and the one way a user's records are split."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from shared.errors import DataError
 
@@ -40,12 +40,14 @@ class UserData:
         fit: What may be trained on while choices are open.
         validation: For every choice and every curve by round.
         test: Read by the observer once per final model and seed.
+        profile: What the user states of themself: attribute -> value; a device uses it where its owner opted in.
     """
 
     user: str
     fit: tuple[Record, ...]
     validation: tuple[Record, ...]
     test: tuple[Record, ...]
+    profile: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def train(self) -> tuple[Record, ...]:
@@ -61,11 +63,13 @@ class Dataset:
         name: Name of its format, a key of ``READERS``.
         users: One entry per user, in a stable order.
         public_texts: The catalogue, distinct, in a stable order; public whoever the users are.
+        left_out: Why rows of the files are no records -> how many.
     """
 
     name: str
     users: tuple[UserData, ...]
     public_texts: tuple[str, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 def check_dataset(found: object, format_name: str) -> Dataset:
@@ -83,7 +87,7 @@ def check_dataset(found: object, format_name: str) -> Dataset:
         raise DataError(f"public texts must be distinct in data of format {format_name!r}, got one twice.")
     seen: set[str] = set()
     for user in found.users:
-        if not user.user.isprintable() or "/" in user.user or not 0 < len(user.user) <= 100:
+        if not is_user_id(user.user):
             raise DataError(f"a user of format {format_name!r} must be a plain name, got {user.user[:100]!r}.")
         if user.user in seen:
             raise DataError(f"user {user.user!r} must occur once in data of format {format_name!r}, got it again.")
@@ -95,6 +99,11 @@ def check_dataset(found: object, format_name: str) -> Dataset:
             if not math.isfinite(record.target):
                 raise DataError(f"user {user.user!r}: target must be finite, got {record.target}.")
     return found
+
+
+def is_user_id(value: str) -> bool:
+    """Whether a string can name a user, also as the name of a folder."""
+    return value.isprintable() and "/" not in value and 0 < len(value) <= 100
 
 
 def is_text(value: str) -> bool:

@@ -48,6 +48,21 @@ def choose_users(dataset: Dataset, part: str, *, tuning_share: float) -> Dataset
     return replace(dataset, users=chosen)
 
 
+def with_records(dataset: Dataset, *, at_least: int) -> Dataset:
+    """Users with enough records, in their order; the catalogue stays whole.
+
+    Raises:
+        DataError: Nobody has so many.
+    """
+    chosen = tuple(user for user in dataset.users if len(user.train) + len(user.test) >= at_least)
+    if not chosen:
+        raise DataError(
+            f"data.min_records = {at_least} must leave at least one user, it leaves none of {len(dataset.users)}; "
+            "set it lower."
+        )
+    return replace(dataset, users=chosen)
+
+
 def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Take a share of every user's fit records away, for an attack to tell them from those that stay.
 

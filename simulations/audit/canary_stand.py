@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from client.site import Workbench
 from client.train import make_trainable
 from server.aggregate import ring_sum
-from shared.adapter import Arrays, read_start, shared_slots
+from shared.adapter import Arrays, read_start, trained_slots
 from shared.campaign import Campaign
 from shared.config import Scenario
 from shared.features import Features
 from shared.head import Head
+from shared.lora import Trained
 from shared.model import Base
 from shared.policy import SUM
 from shared.tasks import Scores
@@ -46,6 +47,7 @@ class CanaryHead(Head):
 
     def __init__(self, canaries: int) -> None:
         nn.Module.__init__(self)
+        self.trained = Trained((("left", "right"),), (), ())
         self.first_block, self.width = 0, -(-canaries // 2)
         self.left, self.right = (nn.Linear(self.width, 1, bias=False) for _ in range(2))
         for parameter in self.parameters():
@@ -121,7 +123,7 @@ def open_stand(scenario: Scenario, *, name: str, folder: Path, canaries: int = C
     campaign = make_campaign(
         _settings(scenario, name=name, clients=clients),
         folder=folder,
-        slots=shared_slots(head),
+        slots=trained_slots(head),
         start=read_start(head),
         clients=clients,
     )
@@ -167,6 +169,7 @@ def _settings(scenario: Scenario, *, name: str, clients: int) -> Scenario:
         rounds = min(privacy.max_participations, max(1, _MOST_STEPS // steps))
     changes = {
         "federation": {
+            "method": "fedavg",
             "rounds": rounds,
             "cohort_size": "all",
             "server_optimizer": "momentum",
@@ -180,6 +183,8 @@ def _settings(scenario: Scenario, *, name: str, clients: int) -> Scenario:
             "neighbours": "auto",
         },
         "training": {"steps": steps},
+        "personal": {"method": "none"},
+        "persona": {"count": 0},
         "performance": {"secure_sum": "plain", "device": "cpu", "micro_batch": 256},  # several to a sum
     }
     tables = {table: getattr(scenario, table).model_copy(update=update) for table, update in changes.items()}

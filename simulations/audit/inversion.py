@@ -16,7 +16,7 @@ from scipy import stats
 
 from client.site import Workbench
 from client.train import make_trainable
-from shared.adapter import load_start, make_start, shared_slots
+from shared.adapter import load_start, make_start, trained_slots
 from shared.audits import LevelResult, conclude
 from shared.config import AdapterConfig, Scenario
 from shared.datasets import Record
@@ -116,7 +116,7 @@ def _choose(subject: Subject, *, count: int, seed: int) -> list[Record]:
 def open_bench(subject: Subject, scenario: Scenario, *, clients: int, seed: int) -> Workbench:
     """Publish a campaign whose start has a gradient everywhere, and make its head ready."""
     base = subject.base
-    public = tuple(subject.dataset.public_texts[:_PUBLIC_TEXTS]) if scenario.task.name == "rating" else ()
+    public = tuple(subject.dataset.public_texts[:_PUBLIC_TEXTS]) if scenario.task.name != "generation" else ()
     head = make_head(base, scenario, public_texts=len(public))
     encoded = TASKS[scenario.task.name](base, [(text, "") for text in public], subject.scenario)  # not cut short
     features = compute_hidden(base, encoded.token_ids, head_blocks=base.num_blocks)
@@ -129,7 +129,7 @@ def open_bench(subject: Subject, scenario: Scenario, *, clients: int, seed: int)
     campaign = make_campaign(
         scenario,
         folder=subject.folder / "inversion",
-        slots=shared_slots(head),
+        slots=trained_slots(head),
         start=start,
         clients=clients,
         head_blocks=base.num_blocks,

@@ -182,7 +182,7 @@ def bare_campaign(subject: Subject, name: str, *, clients: int) -> Campaign:
     return make_campaign(
         unprotected(few.model_copy(update={"training": one_step})),
         folder=folder_of(subject),
-        slots=policy.array_slots(),
+        slots=(*policy.array_slots(), *policy.private_slots()),
         start=subject.campaign.start,
         clients=clients,
         head_blocks=policy.head_blocks,

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from client.site import Workbench
 from client.train import make_trainable
-from shared.adapter import Arrays, load_shared, make_start, shared_slots
+from shared.adapter import Arrays, load_shared, make_start, trained_slots
 from shared.audits import LevelResult, conclude
 from shared.config import AdapterConfig, Scenario, TaskConfig
 from shared.features import Features, compute_hidden
@@ -148,7 +148,7 @@ def open_bench(base: Base, scenario: Scenario, *, folder: Path, clients: int, se
     campaign = make_campaign(
         scenario,
         folder=folder,
-        slots=shared_slots(head),
+        slots=trained_slots(head),
         start=start,
         clients=clients,
         head_blocks=base.num_blocks,

@@ -116,7 +116,7 @@ class Played:
         """
         content = read_wire(self.replies[round_number, seat]).content
         try:
-            return wire.unpack_reply(content, self.campaign.policy.reply_slots())[0]
+            return wire.unpack_reply(content, self.campaign.policy.reply_slots(round_number))[0]
         except wire.MalformedError as malformed:
             raise CampaignError(f"device {seat} must send arrays in round {round_number}, got {malformed}.") from None
 
