@@ -1,12 +1,11 @@
 """The local training step, differential privacy included, on one screen."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from opacus import GradSampleModule
-from torch import nn
 
 from client.optimizer import make_optimizer
 from shared.adapter import Arrays, load_shared, private_parameters, read_shared, shared_parameters
@@ -72,7 +71,8 @@ def train_shared(
     shared, turn = shared_parameters(head), [slot.name for slot in policy.turn_slots(round_number)]
     parameters = [*(shared[name] for name in turn), *private_parameters(head).values()]
     optimizer = make_optimizer(parameters, policy, randomness, records=len(targets))
-    with quiet_hooks(), _frozen([parameter for name, parameter in shared.items() if name not in turn]):
+    idle = [parameter for name, parameter in shared.items() if name not in turn]
+    with quiet_hooks():
         for _ in range(policy.steps):
             rows = _draw(len(targets), policy.sampling_rate, randomness)
             for batch in micro_batches(rows, features.lengths, micro_batch):
@@ -80,6 +80,10 @@ def train_shared(
                 wanted = targets.batch(batch, hidden.shape[1])
                 losses = module(hidden.to(device), mask.to(device), wanted.to(device))  # (B,)
                 losses.sum().backward()  # a sum of per-sample losses: none touches another's gradient
+                for (
+                    parameter
+                ) in idle:  # whose turn it is not; Opacus' hooks would miss a tensor that is frozen meanwhile
+                    parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
                 optimizer.accumulate()
             try:
                 optimizer.step()
@@ -91,18 +95,6 @@ def train_shared(
     if not all(np.isfinite(change).all() for change in update.values()):
         raise RefusedError("NOT_FINITE")
     return clip_by_norm(update, clip_norm=policy.max_update_norm)[0]
-
-
-@contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Leave out the tensors whose turn it is not."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -150,10 +150,10 @@ class OutputHead(Head):
         trained = trained_parts(scenario)
         count, width = scenario.persona.count, self.output.in_features
         has_vectors = "offset" in trained.private
-        if self.output.out_features > 1 and (count or has_vectors):
+        if scenario.task.name != "rating" and (count or has_vectors):
             raise ScenarioError(
                 f"persona.count must be 0 and personal.method another with task.name = {scenario.task.name!r}: "
-                "personas and users' vectors are for tasks with one output."
+                "personas and users' vectors are for task 'rating'."
             )
         self.persona = nn.Linear(width, count, bias=False) if count else None
         self.membership = torch.zeros(count)

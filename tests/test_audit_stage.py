@@ -51,6 +51,19 @@ def small(subject, name, *, clients, **privacy):
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("federation.method=rolora",), "whose rounds take turns"),
+        (("federation.method=fedavg", "personal.method=fedper"), "keeps tensors between rounds"),
+        (("federation.method=ifca", "persona.count=2"), "persona.choice = 'loss'"),
+    ],
+)
+def test_what_cannot_be_played_with_and_without_a_record_is_refused(tiny_world, tmp_path, settings, says):
+    with pytest.raises(PrivacyError, match=says):
+        stage.open_subject(tiny_world(tmp_path), overrides=settings, folder=tmp_path, seed=0, quiet=True)
+
+
 def test_a_play_shows_the_bytes_of_every_request_and_reply(subject):
     campaign = small(subject, "shown", clients=2)
     parts = [part_of(subject, campaign, seat=seat) for seat in (0, 1)]

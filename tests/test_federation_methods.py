@@ -69,9 +69,10 @@ class World:
         self.inputs = self.head.prepare(features)
         self.policy = self.campaign.policy
 
-    def play(self):
+    def play(self, *, noise=None, randomness=None):
         bench = open_workbench(self.campaign)
-        return stage.play(self.campaign, [stage.Part(bench, *self.records(device)) for device in (0, 1)])
+        parts = [stage.Part(bench, *self.records(device), randomness=randomness) for device in (0, 1)]
+        return stage.play(self.campaign, parts, noise=noise)
 
     def records(self, device):
         rows, ratings = zip(*SAID[device], strict=True)
@@ -346,6 +347,29 @@ def test_a_choice_with_a_price_is_made_once(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(client.round_state, "choose_persona", lambda *_, **__: made.append(1) or 1)
     world.play()
     assert len(made) == 2  # two devices, three rounds
+
+
+@pytest.mark.parametrize("trust", ["local", "central"])
+@pytest.mark.parametrize(("method", "personal"), [("rolora", "none"), ("rolora", "fedper"), ("fedavg", "fedsa-lora")])
+def test_a_clipped_and_noised_turn_is_the_turn_clipped_and_noised(tiny_base, tmp_path, steps, trust, method, personal):
+    """Record level and user level: without noise, and with a bound that nobody reaches, the same as by hand."""
+    wide = {"clip_norm": 1e3, "unit": "record" if trust == "local" else "user"}
+    world = World(
+        tiny_base, tmp_path, name="turns", rounds=4, trust=trust, privacy=wide, federation={"method": method},
+        personal=PersonalConfig(method=personal),
+    )  # fmt: skip
+    quiet = {"noise": lambda _: steps.Silent(), "randomness": lambda _: steps.Silent()}
+    found = world.play(**quiet)
+    plain = World(
+        tiny_base, tmp_path, name="plain", rounds=4, federation={"method": method},
+        personal=PersonalConfig(method=personal), privacy={"unit": wide["unit"]},
+    )  # fmt: skip
+    wanted = plain.play()
+    for number in range(1, 5):
+        for name, array in wanted.arrays[number].items():
+            np.testing.assert_allclose(found.arrays[number][name], array, rtol=1e-3, atol=3e-5, err_msg=name)
+    moved = [not np.array_equal(found.arrays[4][name], found.arrays[0][name]) for name in found.arrays[0]]
+    assert all(moved)
 
 
 def test_a_users_personas_fall_back_to_all_of_them():

@@ -24,11 +24,13 @@ from shared.adapter import Arrays, Slot
 from shared.assets import resolve
 from shared.calibration import make_policy
 from shared.campaign import Campaign, read_campaign, write_campaign
+from shared.compatible import priced_choice
 from shared.config import Scenario, load_scenario
 from shared.datasets import Dataset
 from shared.errors import CampaignError, DataError, PrivacyError
 from shared.features import Features
 from shared.flower import InlineGrid, read_wire
+from shared.lora import trained_parts
 from shared.model import Base
 from shared.noise import Randomness, SecureRandomness
 from shared.tasks import Targets
@@ -273,6 +275,25 @@ def unprotected(scenario: Scenario) -> Scenario:
     return scenario.model_copy(update={"privacy": scenario.privacy.model_copy(update={"trust": "none"})})
 
 
+def _check_playable(scenario: Scenario) -> None:
+    """Refuse what L0 cannot compare draw by draw: rounds of other shapes, and devices that remember records."""
+    trained, record = trained_parts(scenario), scenario.privacy.unit == "record"
+    found = {
+        f"federation.method = {scenario.federation.method!r}, whose rounds take turns": len(trained.turns) > 1,
+        f"personal.method = {scenario.personal.method!r}, which keeps tensors between rounds": bool(
+            record and trained.private
+        ),
+        "persona.choice = 'loss', a draw of its own": priced_choice(scenario),
+    }
+    for what, there in found.items():
+        if there:
+            raise PrivacyError(
+                f"an audit must be able to play the campaign with and without a record, it cannot with {what}; audit it "
+                "with another, such as fedavg, fine-tune or declared personas. What it adds has tests of its own "
+                "(docs/privacy.md)."
+            )
+
+
 def open_subject(source: Path, *, overrides: tuple[str, ...] = (), folder: Path, seed: int, quiet: bool) -> Subject:
     """Make ready what is audited.
 
@@ -290,6 +311,7 @@ def open_subject(source: Path, *, overrides: tuple[str, ...] = (), folder: Path,
     scenario = found.scenario if found else load_scenario(source, overrides)
     if scenario.privacy.trust == "none":
         raise PrivacyError("an audit needs a promise to attack, got privacy.trust = 'none'; set another trust.")
+    _check_playable(scenario)
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
