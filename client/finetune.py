@@ -21,7 +21,7 @@ from shared.adapter import (
 from shared.config import PersonalConfig
 from shared.errors import ScenarioError
 from shared.features import Features
-from shared.head import Head, RatingHead
+from shared.head import FACTOR_SPREAD, Head, RatingHead
 from shared.tasks import Targets
 
 
@@ -176,7 +176,7 @@ def fit_offset(
             factors = head.factors(head.projected(hidden.to(head.device), mask.to(head.device)))  # (n, dimensions)
             residuals = wanted.to(head.device) - head.predict(hidden.to(head.device), mask.to(head.device))
             gram = (factors @ factors.T).double()
-            gram += personal.ridge * torch.eye(len(gram)).to(gram)
+            gram += personal.ridge * FACTOR_SPREAD**2 * torch.eye(len(gram)).to(gram)
             dual = torch.linalg.solve(gram, residuals.double())
             head.offset.weight.copy_((factors.T.double() @ dual)[None])
     return {**start, **read_private(head)}

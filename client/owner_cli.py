@@ -54,7 +54,8 @@ examples:
   sottovoce client profile --clear
 
 A campaign may have an output for each of some groups of users; which group is yours decides the campaign's settings,
-from what is stated here. It stays on this device, encrypted; a reply looks the same whatever is stated.
+from what is stated here. It is kept encrypted and never sent as such. Campaigns that hide users hide it; one that hides
+single records does not: its server may see by your replies which group you are of.
 """
 
 

@@ -1,9 +1,10 @@
-"""Which persona a device belongs to: declared by its user, or chosen by losses. The choice never leaves by itself.
+"""Which persona a device belongs to: declared by its user, or chosen by losses.
 
-A reply holds the tensors of every persona, those of the others unchanged but for noise, so it does not name one. What
-is left to say of the choice depends on the unit: at unit user all of a contribution is clipped and noised as one
-vector, zeros and all; at unit record the change of one record could move every other record's gradient to another
-persona, so there a choice by losses is made once, by a mechanism of its own, and paid for (``Policy.choice_epsilon``).
+A reply holds the tensors of every persona, those of the others unchanged but for noise. At unit user it is clipped,
+noised and summed as one vector, zeros and all, and hides the choice with the rest. At unit record noise hides single
+records, and a device's many together may show whose tensors moved: there the choice is no secret. It is declared, which
+is no function of records, or made once by a mechanism of its own and paid for (``Policy.choice_epsilon``), because one
+record more or less could move every other record's gradient to another persona.
 """
 
 import math

@@ -203,7 +203,7 @@ class PersonalConfig(Settings):
 class PersonaConfig(Settings):
     """Groups of users, each with an output of its own between the shared one and the private one (scope persona).
 
-    Which group a device belongs to stays on the device: every group's tensors travel, those of the others as zeros.
+    Every group's tensors travel, those of the others as zeros: at unit user that hides which group a device is of.
     """
 
     count: Annotated[int, Field(ge=0, le=64)] = 0  # 0: no personas

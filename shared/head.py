@@ -22,6 +22,8 @@ from shared.tasks import IGNORE
 
 _NO_KERNEL = np.zeros(0, dtype=np.float32)
 _FROZEN_OUTPUT = 0.5  # spread of predictions, about the centre, of an output that stays at its public start
+FACTOR_SPREAD = 0.3  # of what a user's vector reads of the public texts, at the start
+_LARGEST_FACTOR = 8.0  # entry of that start: devices refuse shared values that are twice as large
 _CHUNK_TOKENS = 128  # whose logits are in memory at once: 25 MB each for a vocabulary of 50,000
 
 
@@ -222,14 +224,15 @@ class OutputHead(Head):
 
     @torch.no_grad()
     def _start_factors(self, public: np.ndarray) -> None:
-        """Let a user's vector read the constant and the widest directions of the public texts, each of spread 1."""
+        """Let a user's vector read the constant and the widest directions of the public texts, each of one spread."""
         weight = self.factors.weight.zero_()  # type: ignore[union-attr]
         spread = self.project(torch.from_numpy(public.astype(np.float32)).to(self.device))[:, :-1].std(0)
         first = int(bool(self.constant[0]))
         if first:
-            weight[0, -1] = 1 / self.constant[0]
+            weight[0, -1] = FACTOR_SPREAD / self.constant[0]
         for row, column in enumerate(spread.argsort(descending=True)[: len(weight) - first].tolist(), start=first):
-            weight[row, column] = 1 / spread[column]
+            weight[row, column] = FACTOR_SPREAD / spread[column]
+        weight.clamp_(max=_LARGEST_FACTOR)
 
     @torch.no_grad()
     def prepare(self, features: Features) -> Features:

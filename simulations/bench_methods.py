@@ -24,7 +24,7 @@ from simulations.run import simulate
 
 _SCENARIO = Path(__file__).parent / "scenarios" / "methods.toml"
 TRUSTS = ("none", "local")  # with the scenario's epsilon under local
-_MEMORY = {"ridge": (0.1, 0.3, 1.0), "temperature": (0.1, 0.2, 0.5), "neighbours": (20, 1000)}
+_MEMORY = {"ridge": (0.1, 0.3), "temperature": (0.1, 0.2), "neighbours": (20,)}
 # Row -> settings that are fixed, and the grid of those that are chosen.
 METHODS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Sequence[Any]]]] = {
     "none": ({"method": "none"}, {}),
@@ -32,13 +32,13 @@ METHODS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Sequence[Any]]]] = {
     "ditto": ({"method": "ditto"}, {"proximal": (0.00001, 0.0001, 0.001, 0.01)}),
     "feddpa": (
         {"method": "feddpa"},
-        {"learning_rate": (0.01, 0.03, 0.1), "epochs": (3, 10), "neighbours": (1, 5)},
+        {"learning_rate": (0.03, 0.1), "neighbours": (5,)},
     ),
     "retrieval, dense": ({"method": "retrieval", "retriever": "dense"}, _MEMORY),
     "retrieval, bm25": ({"method": "retrieval", "retriever": "bm25"}, _MEMORY),
     "retrieval, recency": (
         {"method": "retrieval", "retriever": "recency"},
-        {"ridge": (3.0, 10.0, 30.0), "neighbours": (5, 20, 50)},
+        {"ridge": (3.0, 10.0), "neighbours": (20, 50)},
     ),
 }
 
@@ -89,7 +89,7 @@ def _changed(scenario: Scenario, trust: str, seed: int) -> Scenario:
         "linear": {"enabled": False},
         "statistics": {"enabled": False},
         "export": {"users": 0},
-        "evaluation": {"every_rounds": scenario.federation.rounds, "seeds": 1},
+        "evaluation": {"every_rounds": scenario.federation.rounds, "seeds": 1, "cold_start": ()},
     }
     update = {name: getattr(scenario, name).model_copy(update=table) for name, table in tables.items()}
     return scenario.model_copy(update={**update, "seed": seed})

@@ -9,6 +9,8 @@ from shared.config import Scenario
 from shared.datasets import Dataset
 from simulations.campaigns import Plan, exported_users, plan_campaigns, plan_unprotected
 from simulations.dp_statistics import applies, promise
+from simulations.fairness import check_groups
+from simulations.lamp import check_labels
 
 
 def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
@@ -23,6 +25,8 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
     dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported_users(scenario, dataset)
+    check_groups(scenario, dataset)
+    check_labels(scenario)
     plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
     plans += plan_unprotected(plans, base, dataset)
     return {

@@ -246,7 +246,10 @@ _BENCHMARKS = {
     "users": (3, "what user-level privacy costs: ours and two rivals at three epsilons (rounds: seeds)"),
     "lora": (1, "what LoRA adds to a linear head at user level, at three epsilons; fifteen minutes (rounds: seeds)"),
     "statistics": (4, "what the rival dp-statistics reaches, its constants chosen anew (rounds: seeds of the noise)"),
-    "methods": (1, "personal methods on one shared part, their constants chosen anew; an hour (rounds: seeds)"),
+    "methods": (
+        1,
+        "personal methods on one shared part, their constants chosen anew; a quarter of an hour (rounds: seeds)",
+    ),
     "audits": (200, "audits: false alarms of each bound, faults found by epsilon, seconds (rounds: null runs)"),
 }
 

@@ -619,6 +619,7 @@ def test_forget_does_not_need_a_sound_ledger(active, capsys):
     assert "unknown" in json.loads(receipt.read_bytes())["left_the_device"]
 
 
+@pytest.mark.slow
 def test_a_forget_killed_at_any_step_has_lost_the_key_first_and_is_completed_by_the_next(active, crash_at_each_step):
     data = len([path for path in (active.folder / "vault").rglob("*") if path.is_file()])
     held = len(active.records().read())

@@ -69,6 +69,7 @@ def test_the_document_registers_one_of_each_kind():
         assert len([line for line in block.splitlines() if line.strip()]) <= 10
 
 
+@pytest.mark.slow
 def test_a_whole_simulation_with_everything_from_outside(my_package, diaries, tiny_world, tmp_path):
     scenario = load_scenario(tiny_world(tmp_path, body=CHOICES), (f"data.source={diaries}",))
     summary = simulate(scenario, out=tmp_path / "out", quiet=True)

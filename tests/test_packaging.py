@@ -230,3 +230,29 @@ def test_the_audits_page_quotes_what_was_measured():
         assert all(f"{sentences[play]['auc'][0]:.2f}" in line for play in ("control", "private", "no-noise"))
         hits = " / ".join(str(inversion[play]["hits"]) for play in ("control", "private", "no-noise"))
         assert f"{hits} of {inversion['control']['tokens']}" in line
+
+
+def test_the_survey_page_quotes_what_was_measured():
+    page = (ROOT / "docs" / "survey.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs" / "measurements" / "survey.json").read_text(encoding="utf-8"))
+    privacy = {"none": "none", "8": "record, 8", "8, user level": "user, 8"}
+    for name, runs in measured.items():
+        for epsilon, run in runs.items():
+            if name == "cold-start":
+                for curve in run["cold_start"]["curves"].values():
+                    found = [f"{each['value']:+.3f}" for each in curve["differences"]["personal - federated"]]
+                    assert f"{privacy[epsilon]} | {' | '.join(found)} |" in page
+                    assert max(each["value"] for each in curve["differences"]["personal - federated"]) <= 0.002
+                continue
+            score = run["rows"]["personal"][run["metric"]]
+            quoted = f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+            lines = [
+                line
+                for line in page.splitlines()
+                if line.startswith((f"| {name} | {privacy[epsilon]} |", f"| `{name}`"))
+            ]
+            assert any(quoted in line for line in lines), (name, epsilon)
+    methods = json.loads((ROOT / "docs" / "measurements" / "methods.json").read_text(encoding="utf-8"))
+    for cell in methods["cells"]:
+        [line] = [line for line in page.splitlines() if line.startswith(f"| {cell['method']} |")]
+        assert f"{cell['rmse'][0]:.4f}" in line

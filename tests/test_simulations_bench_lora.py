@@ -31,6 +31,7 @@ USER = (
         ('privacy.trust="central"', "model.head_blocks=0", "adapter.kernel_features=8", "adapter.whitened_features=0"),
     ],
 )
+@pytest.mark.slow
 def test_the_shorter_way_gives_the_arrays_of_the_campaign(tiny_world, tmp_path, options):
     scenario = load_scenario(tiny_world(tmp_path), (*USER, *options))
     summary = simulate(scenario, out=tmp_path / "run", quiet=True)

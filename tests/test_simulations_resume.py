@@ -66,12 +66,14 @@ def cut_at(monkeypatch, place, call):
     ("place", "call"),
     [
         ((simulations.run, "plan_campaigns"), 1),  # nothing published
-        ((simulations.campaigns, "write_campaign"), 2),  # one of two campaigns published
-        ((sys.modules["server.app"], "save_checkpoint"), 1),  # in the first round
-        ((sys.modules["server.app"], "save_checkpoint"), 3),
+        pytest.param(
+            (simulations.campaigns, "write_campaign"), 2, marks=pytest.mark.slow
+        ),  # one of two campaigns published
+        pytest.param((sys.modules["server.app"], "save_checkpoint"), 1, marks=pytest.mark.slow),  # in the first round
+        pytest.param((sys.modules["server.app"], "save_checkpoint"), 3, marks=pytest.mark.slow),
         ((sys.modules["server.app"], "save_checkpoint"), 7),  # in the second campaign
-        ((simulations.journal.json, "dumps"), 4),  # a line of the journal
-        ((simulations.run, "score_run"), 1),  # all rounds done
+        pytest.param((simulations.journal.json, "dumps"), 4, marks=pytest.mark.slow),  # a line of the journal
+        pytest.param((simulations.run, "score_run"), 1, marks=pytest.mark.slow),  # all rounds done
         ((simulations.run, "write_json"), 3),  # everything but the summary
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else str(value),

@@ -288,8 +288,8 @@ def _check_playable(scenario: Scenario) -> None:
     for what, there in found.items():
         if there:
             raise PrivacyError(
-                f"an audit must be able to play the campaign with and without a record, it cannot with {what}; audit it "
-                "with another, such as fedavg, fine-tune or declared personas. What it adds has tests of its own "
+                f"an audit must be able to play the campaign with and without a record, it cannot with {what}; audit "
+                "it with another, such as fedavg, fine-tune or declared personas. What it adds has tests of its own "
                 "(docs/privacy.md)."
             )
 
