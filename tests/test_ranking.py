@@ -334,5 +334,11 @@ def test_heads_are_exported_and_membership_is_attacked(run):
     summary, _ = run("export.users=2", "attack.membership=true")
     assert len(summary["heads"]) == 2
     assert max(head["parity_max_abs"] for head in summary["heads"]) < 1e-3
-    untrained = summary["membership"]["records"]["attacked"]["untrained"]["loss"]["auc"]
-    assert untrained["value"] == pytest.approx(0.5, abs=0.2)
+    attacked = summary["membership"]["records"]["attacked"]
+    assert {target: set(found) for target, found in attacked.items()} == {
+        "private": {"loss", "reference"},
+        "unprotected": {"loss", "reference"},
+        "untrained": {"reference"},  # at the start every liked record costs the same
+    }
+    counts = summary["membership"]["records"]  # too few records here for a score to mean anything: liked ones alone
+    assert counts["members"] + counts["non_members"] < summary["data"]["fit"]
