@@ -1,6 +1,7 @@
 """Methods whose rounds differ, keep something on the device or have groups: two devices by hand, over the real wire."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from client.persona import choose_persona, declared_persona, weigh_personas
 from client.site import open_workbench
 from shared.accounting import epsilon
 from shared.adapter import load_shared, load_start, make_start, part_of, shared_parameters, trained_slots
+from shared.campaign import certify
 from shared.config import (
     AdapterConfig,
     FederationConfig,
@@ -334,6 +336,19 @@ def test_a_choice_by_losses_is_paid_for_at_unit_record_and_hidden_at_unit_user(t
     assert user.choice_epsilon is None
     with pytest.raises(PrivacyError, match=r"persona\.epsilon must be below"):
         World(tiny_base, tmp_path, name="dear", trust="local", persona=PersonaConfig(count=2, epsilon=8.0), **ifca)
+
+
+def test_a_device_takes_no_part_where_a_choice_by_records_is_not_priced(tiny_base, tmp_path):
+    world = World(
+        tiny_base, tmp_path, name="unpriced", trust="local", blocks=0, federation={"method": "ifca"},
+        persona=PersonaConfig(count=2, epsilon=2.0),
+    )  # fmt: skip
+    certify(world.campaign)
+    for cost in (None, 1.0):  # the rest of epsilon would then be right for the noise, and the choice free or cheap
+        hidden = replace(world.campaign, policy=world.policy.model_copy(update={"choice_epsilon": cost}))
+        check_price(hidden.policy)
+        with pytest.raises(PrivacyError, match="must price the choice of a persona"):
+            certify(hidden)
 
 
 def test_a_choice_with_a_price_is_made_once(tiny_base, tmp_path, monkeypatch):
