@@ -38,6 +38,7 @@ from client.artifact import (
 )
 from client.graph import build_graph, graph_key, list_slots, slot_layers
 from client.graph_kernel import KernelTerm
+from client.memory import Memory
 from client.parity import PRECISIONS, Parity, check_precision
 from client.runtime import (
     KERNEL_SLOT,
@@ -60,7 +61,7 @@ from shared.model import Base
 from shared.tagging_head import TaggingHead
 
 TOLERANCE = 1e-5  # largest absolute difference between torch and ONNX Runtime, in fp32
-KERNEL_TOLERANCE = 1e-4  # of a head with kernel features: a narrow kernel magnifies the last bits of a cosine
+KERNEL_TOLERANCE = 1e-4  # with kernel features or a memory: what is narrow magnifies the last bits of a cosine
 REL_RMS = 0.05  # of the pooled features on a base of 8 bits
 HEAD_REL_RMS = 0.2  # of how far predictions lie from the centre, on a base of 8 bits
 _KNOWN_TEXTS = (  # public: their tokens go into every manifest
@@ -181,6 +182,7 @@ def build_head(
     created: datetime,
     sequence: int = 0,
     expires: datetime | None = None,
+    memory: Memory | None = None,
 ) -> dict[str, bytes]:
     """Make one user's adapter for an exported base, and prove that the device computes what torch does.
 
@@ -195,6 +197,7 @@ def build_head(
         created: Time of the export, written to the manifest.
         sequence: Of the home's heads, counting up; 0 for a head of no home.
         expires: From when on a home takes it no more; None for a head of no home.
+        memory: Of the user's own records; its texts go into the manifest where the retriever compares words.
 
     Returns:
         The files of the head by name; nothing of them has been on disk.
@@ -210,20 +213,28 @@ def build_head(
     fleet = base_folder if isinstance(base_folder, FleetBase) else open_base(base_folder)
     tensors = _adapter_tensors(head, output)
     lora = {name: array for name, array in tensors.items() if name.startswith("lora.")}
-    content = save(tensors)
+    kept = tensors | (memory.tensors() if memory else {})
+    content = save(kept)
     manifest: dict[str, Any] = {
         **head_manifest("adapter", user=user, privacy=privacy, created=created, sequence=sequence, expires=expires),
         "base": {**identity(fleet), "base_sha256": head.base[0].sha256, "folder": DEFAULT_BASE},
         "files": describe_contents({ADAPTER: content}),
         "rank": max((array.shape[1] for name, array in lora.items() if name.endswith(".A")), default=0),
-        "slots": [describe_slot(name, array.shape) for name, array in tensors.items()],
+        "slots": [describe_slot(name, array.shape) for name, array in kept.items()],
+        **({"memory": memory.described()} if memory else {}),
     }
     personal = bind_head({ADAPTER: content, MANIFEST: manifest_bytes(manifest)}, fleet)
     texts = [*probes, *_KNOWN_TEXTS]
     wanted = _torch_pooled(head, fleet, texts)
     predictions = head.apply_output(wanted, output)
     found, bare = fleet.run(texts, adapter=tensors), fleet.run(texts)
-    parity = _head_parity(fleet.precision, found, (wanted, predictions), head=head)
+    parity = _head_parity(
+        fleet.precision,
+        (found[0], personal.raw(texts)),
+        (wanted, predictions + memory.correct(wanted, texts) if memory else predictions),
+        head=head,
+        magnified=bool(head.kernel or memory),
+    )
     manifest["parity"] = {"n_probes": len(probes), **parity}
     _check_active(found[1], bare[1], active=_output_differs(tensors, head.centre), what="head")
     _check_active(found[0], bare[0], active=lora_differs(lora), what="LoRA")
@@ -266,6 +277,7 @@ def export_head(
     privacy: Mapping[str, object],
     probe_texts: Sequence[str],
     created: datetime,
+    memory: Memory | None = None,
 ) -> dict[str, Any]:
     """Write the head that ``build_head`` makes of the same arguments, in plain and unsigned, into a folder.
 
@@ -287,6 +299,7 @@ def export_head(
             privacy=privacy,
             probe_texts=probe_texts,
             created=created,
+            memory=memory,
         )
         write_head(new, files)
     return dict(json.loads(files[MANIFEST]))
@@ -306,13 +319,14 @@ def _head_parity(
     wanted: tuple[np.ndarray, np.ndarray],
     *,
     head: RatingHead | TaggingHead,
+    magnified: bool,
 ) -> dict[str, Any]:
     """The device's features and predictions against torch's, or HeadError."""
     if precision != "fp32":
         gate = Parity("the features of the probe texts", precision=precision, max_abs=TOLERANCE, rel_rms=REL_RMS)
         gate.add(found[0], wanted[0])
         gate.described()
-    max_abs = KERNEL_TOLERANCE if head.kernel else TOLERANCE
+    max_abs = KERNEL_TOLERANCE if magnified else TOLERANCE
     gate = Parity("the probe texts", precision=precision, max_abs=max_abs, rel_rms=HEAD_REL_RMS)
     gate.add(found[1] - head.centre, wanted[1] - head.centre)
     return gate.described()

@@ -17,6 +17,7 @@ from client.finetune import (
     load_tensors,
     predict_with,
 )
+from client.memory import Memory, make_memory
 from client.persona import weights_of
 from client.retrieval import RETRIEVERS, cosines, local_share, recall
 from client.tagging import PrivateTags, fit_tags, keep_tags
@@ -38,10 +39,12 @@ class PrivateOutput:
 
     Attributes:
         weight: (d,) float64, on the head's pooled features.
+        memory: Of the user's own records, which an exported head carries; ``predict`` leaves it out.
     """
 
     weight: np.ndarray
     bias: float
+    memory: Memory | None = None
 
     def predict(self, features: np.ndarray, shared: np.ndarray) -> np.ndarray:
         """Features (n, d) and shared predictions (n,) -> personal predictions (n,)."""
@@ -212,6 +215,7 @@ def fit_private(
     generator: np.random.Generator,
     persona: PersonaConfig | None = None,
     profile: Mapping[str, str] | None = None,
+    texts: Sequence[str] = (),
 ) -> PrivateOutput:
     """The private part of one user as a head file holds it, made of all of the user's training rows.
 
@@ -224,6 +228,7 @@ def fit_private(
         generator: Of the order of records, where the method passes over them.
         persona: Of the scenario; the head is left with the user's weights of the personas.
         profile: What the user declared.
+        texts: The user's texts, where the method compares their words.
 
     Returns:
         What to add to the output that the head then has.
@@ -241,6 +246,10 @@ def fit_private(
         shared, head.membership = each @ weights, torch.from_numpy(weights).float()
     if method.fit is not None:
         return fit_output(head, pooled, shared, said, personal=personal)
+    if method.remember is not None:
+        centre: np.ndarray = head.mean.detach().cpu().numpy()
+        memory = make_memory(pooled, texts, said - shared, centre=centre, personal=personal)
+        return PrivateOutput(np.zeros(pooled.shape[1]), 0.0, memory)
     adapt = cast(Callable[..., Arrays], method.adapt)
     load_tensors(head, adapt(head, arrays, head.prepare(inputs), targets, personal=personal, generator=generator))
     return PrivateOutput(np.zeros(pooled.shape[1]), 0.0)
@@ -459,12 +468,12 @@ def check_task(name: str, task: str) -> None:
 
 
 def check_export(name: str) -> None:
-    """Raise ``ScenarioError`` where a personal method's prediction is no single set of tensors, as a head file is."""
+    """Raise ``ScenarioError`` where a personal method's prediction is nothing that a head file can hold."""
     method = personal_method(name)
-    if method.mix is not None or method.remember is not None:
+    if method.mix is not None or method.remember not in (None, remember):
         raise ScenarioError(
-            f"personal.method = {name!r} looks into the device's own records at every prediction, which no exported "
-            "head does; choose fine-tune or ditto, or set export.users = 0."
+            f"personal.method = {name!r} weighs tensors anew for every text, which no exported head does; choose "
+            "fine-tune, ditto or retrieval, or set export.users = 0."
         )
 
 

@@ -139,7 +139,8 @@ def personalize(
     texts = list(dict.fromkeys((*PROBES, *(record.text for record in records[:_OWN_PROBES] if record.text))))
     build = _BUILDERS[task]
     generator = generator or np.random.default_rng()
-    files = build(bench, arrays, features, targets, texts, generator, settings, profile=read_profile(home))
+    said = [record.text for record in records] if len(targets) == len(records) else []
+    files = build(bench, arrays, features, targets, texts, generator, settings, profile=read_profile(home), own=said)
     about = {
         "created": home.clock().isoformat(timespec="seconds"),
         "campaign": campaign.policy.campaign,
@@ -211,15 +212,16 @@ def _encoder_files(
     settings: dict[str, Any],
     *,
     profile: Mapping[str, str],
+    own: Sequence[str],
 ) -> dict[str, bytes]:
     from client.export import build_head
 
     head, scenario = cast(RatingHead | TaggingHead, bench.head), bench.campaign.scenario
     personal = scenario.personal
     if type(head) is RatingHead:
-        more: dict[str, Any] = {"persona": scenario.persona, "profile": profile}
-        own = fit_private(head, arrays, features, targets, personal=personal, generator=generator, **more)
-        return build_head(**encoder_parts(head, own), probe_texts=texts, **settings)
+        more: dict[str, Any] = {"persona": scenario.persona, "profile": profile, "texts": own}
+        output = fit_private(head, arrays, features, targets, personal=personal, generator=generator, **more)
+        return build_head(**encoder_parts(head, output), probe_texts=texts, **settings)
     pooled, shared = text_predictions(head, arrays, features)
     said = targets.batch(np.arange(len(targets)), 0).numpy().astype(np.float64)
     private: PrivateOutput | PrivateTags
@@ -240,10 +242,11 @@ def _language_files(
     settings: dict[str, Any],
     *,
     profile: Mapping[str, str],
+    own: Sequence[str],
 ) -> dict[str, bytes]:
     from client.export_lm import build_lm_head
 
-    del profile  # there are no personas of language models
+    del profile, own  # there are no personas of language models, and their memory is in the prompt
     head, scenario = cast(CausalHead, bench.head), bench.campaign.scenario
     private = fit_lora(head, arrays, features, targets, personal=scenario.personal, generator=generator)
     load_shared(head, private)
@@ -263,7 +266,8 @@ def encoder_parts(head: RatingHead | TaggingHead, private: PrivateOutput | Priva
     """What ``build_head`` needs of a head that holds shared arrays, and of a user's private output."""
     shared = head.output_layer()
     weight = (shared.weight + private.weight).astype("float32")
-    return {"head": head, "output": OutputLayer(weight, shared.bias + private.bias, shared.kernel)}
+    parts = {"head": head, "output": OutputLayer(weight, shared.bias + private.bias, shared.kernel)}
+    return parts | ({"memory": private.memory} if isinstance(private, PrivateOutput) else {})
 
 
 def language_parts(head: CausalHead, base: Base, scenario: Scenario) -> dict[str, Any]:

@@ -40,8 +40,10 @@ from shared.errors import HeadError
 
 if TYPE_CHECKING:
     from client.language import LanguageBase
+    from client.memory import Memory
 
 OUTPUT_SLOTS = ("output.weight", "output.bias")
+MEMORY_PREFIX = "memory."  # of tensors that no slot takes: see client/memory.py
 KERNEL_SLOT = "output.kernel"  # of a base with kernel features: one weight for each public text
 # Largest difference between a head's known answer and this device's, by the base's precision: in 8 bits kernels of
 # other processors round activations otherwise.
@@ -100,12 +102,14 @@ class PersonalHead:
     Attributes:
         user: The user's id; None for the base alone, which predicts the centre of the scale.
         manifest: Of the head; empty where there is none.
+        memory: Of the user's own records, where the head carries one.
     """
 
     user: str | None
     base: FleetBase
     adapter: Arrays
     manifest: Mapping[str, Any]
+    memory: "Memory | None" = None
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Predictions (n,) float32 for texts, clipped to the task's scale; or the probability of each label (n, K).
@@ -124,7 +128,10 @@ class PersonalHead:
         """Predictions (n,) before clipping, or logits (n, K); the export compares these with torch."""
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of strings, got one string; put it in a list.")
-        return self.base.run(texts, adapter=self.adapter)[1]
+        pooled, predictions = self.base.run(texts, adapter=self.adapter)
+        if self.memory is None:
+            return predictions
+        return np.asarray(predictions + self.memory.correct(pooled, texts), dtype=np.float32)
 
 
 def open_head(
@@ -164,13 +171,21 @@ def bind_head(folder: Files, base: FleetBase, *, signers: Collection[str] | None
     check_binding(place, manifest, identity(base))
     check_runtime(place, manifest)
     content = read_file(folder, manifest, ADAPTER)
-    adapter = parse_adapter(place / ADAPTER, content)
-    check_listed(place, manifest, adapter)
+    tensors = parse_adapter(place / ADAPTER, content)
+    check_listed(place, manifest, tensors)
+    adapter = {name: array for name, array in tensors.items() if not name.startswith(MEMORY_PREFIX)}
+    memory = None
+    if "memory" in manifest or adapter.keys() != tensors.keys():
+        from client.memory import read_memory  # settings take their time to import, and few heads have a memory
+
+        memory = read_memory(place, manifest, tensors)
     check_slots(place, adapter, base.slots, required=(*OUTPUT_SLOTS, *({KERNEL_SLOT} & base.slots.keys())))
     user = manifest.get("user")
     if not isinstance(user, str):
         raise damaged(place / MANIFEST, f"user must be a string, got {user!r}")
-    return PersonalHead(user=user, base=base, adapter=adapter, manifest=manifest)
+    if memory is not None and base.labels:
+        raise damaged(place / MANIFEST, "a memory corrects numbers, and this base predicts labels")
+    return PersonalHead(user=user, base=base, adapter=adapter, manifest=manifest, memory=memory)
 
 
 def check_known_answer(folder: Path, head: PersonalHead) -> None:

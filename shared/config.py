@@ -368,12 +368,25 @@ def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
     """Read a scenario and lay ``key=value`` overrides over it.
 
     Args:
-        path: A ``.toml`` file, or a resolved ``.json`` one from a run folder.
+        path: A ``.toml`` file, or a resolved ``.json`` one from a run folder. With ``extends = "other.toml"`` it holds
+            only what differs from a file beside it.
         overrides: ``"privacy.epsilon=3"``; the value is read as TOML, and as a plain string where it is none.
 
     Raises:
         ScenarioError: Unreadable file, unknown key, wrong type or impossible value; one line in the file's spelling.
     """
+    tables = _read_tables(path)
+    for override in overrides:
+        _lay_over(tables, override)
+    tables.setdefault("name", path.stem)
+    try:
+        return Scenario.model_validate_json(json.dumps(tables))
+    except (ValidationError, TypeError) as error:
+        raise ScenarioError(f"{path.name}: {_first_problem(error)}") from None
+
+
+def _read_tables(path: Path, *, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a file, laid over those of the file it extends; the name is each file's own."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         tables: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -383,13 +396,22 @@ def load_scenario(path: Path, overrides: tuple[str, ...] = ()) -> Scenario:
         raise ScenarioError(f"{path} must be a valid {path.suffix[1:].upper()} file: {error}.") from None
     if not isinstance(tables, dict) or not tables:
         raise ScenarioError(f"{path} must hold tables of settings, got none; start from simulations/scenarios.")
-    for override in overrides:
-        _lay_over(tables, override)
-    tables.setdefault("name", path.stem)
-    try:
-        return Scenario.model_validate_json(json.dumps(tables))
-    except (ValidationError, TypeError) as error:
-        raise ScenarioError(f"{path.name}: {_first_problem(error)}") from None
+    if "extends" not in tables:
+        return tables
+    other = tables.pop("extends")
+    if not isinstance(other, str) or (path.parent / other).resolve() in (above := (*below, path.resolve())):
+        raise ScenarioError(f"{path}: extends must name another scenario file beside this one, got {other!r}.")
+    lower = _read_tables(path.parent / other, below=above)
+    lower.pop("name", None)
+    return _merged(lower, tables)
+
+
+def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    found = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, dict) and isinstance(lower.get(key), dict)
+        found[key] = lower[key] | value if both else value
+    return found
 
 
 def _lay_over(tables: dict[str, Any], override: str) -> None:

@@ -22,7 +22,7 @@ from simulations.bench_about import about
 from simulations.observe import RatingObserver
 from simulations.run import simulate
 
-_SCENARIO = Path(__file__).parent / "scenarios" / "methods.toml"
+_SCENARIO = Path(__file__).parent / "scenarios" / "retrieval.toml"
 TRUSTS = ("none", "local")  # with the scenario's epsilon under local
 _MEMORY = {"ridge": (0.1, 0.3), "temperature": (0.1, 0.2), "neighbours": (20,)}
 # Row -> settings that are fixed, and the grid of those that are chosen.

@@ -298,7 +298,7 @@ class RatingObserver:
         return found
 
     def _bench(self) -> Bench:
-        words = [text for text, _ in self._texts.row]
+        words = [text for text, *_ in self._texts.row]
         return Bench(self.head, read_shared(self.head), lambda: self._inputs, words, self._scenario.seed)
 
     @cached_property
@@ -327,6 +327,7 @@ class RatingObserver:
             generator=bench.generator(user),
             persona=self._scenario.persona,
             profile=self._dataset.users[user].profile,
+            texts=[bench.words[text] for text in self.train.text[rows]],
         )
 
 

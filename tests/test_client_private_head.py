@@ -107,6 +107,21 @@ def test_before_the_first_round_the_public_start_is_personalized(homes, publishe
     np.testing.assert_allclose(found, private.predict(features[rows], shared[rows]), atol=1e-4)
 
 
+@pytest.mark.parametrize("retriever", ["dense", "bm25"])
+def test_a_memory_is_sealed_with_the_head_and_recalls_what_was_said(homes, tiny_world, tiny_fleet, tmp_path, retriever):
+    changes = ("personal.method=retrieval", f"personal.retriever={retriever}", "personal.neighbours=1")
+    settings = (*changes, "personal.ridge=1e-6", "export.users=0")
+    published = homes.publish(tiny_world(tmp_path), tmp_path / "published", overrides=settings)
+    home = homes.make_home(tmp_path / "home", published)
+    fleet = homes.sign_base(tiny_fleet, published, tmp_path / "signed")
+    personalize(home, base_folder=fleet)
+    records = {record.text: record.target for record in published.dataset.users[0].train}
+    found = open_head(home.heads().read(), base=fleet).predict(list(records))
+    np.testing.assert_allclose(found, list(records.values()), atol=0.01)
+    files = [path.read_bytes() for path in home.folder.rglob("*") if path.is_file()]
+    assert not any(text.encode() in content for text in records for content in files)
+
+
 _written: list[str] | None = None
 
 

@@ -36,6 +36,23 @@ def test_values_and_overrides_are_laid_over_defaults(tmp_path):
     )
 
 
+def test_a_scenario_is_laid_over_the_one_it_extends_and_keeps_its_own_name(tmp_path):
+    (tmp_path / "lowest.toml").write_text('name = "lowest"\nseed = 4\n[privacy]\nepsilon = 3\ndelta = 1e-6\n')
+    (tmp_path / "lower.toml").write_text('extends = "lowest.toml"\n[privacy]\nepsilon = 2\n')
+    scenario = load_scenario(
+        write(tmp_path, 'extends = "lower.toml"\n[personal]\nridge = 7\n'), ("privacy.delta=1e-7",)
+    )
+    assert (scenario.name, scenario.seed) == ("example", 4)
+    assert (scenario.privacy.epsilon, scenario.privacy.delta, scenario.personal.ridge) == (2, 1e-7, 7)
+
+
+@pytest.mark.parametrize("other", ['"example.toml"', '"back.toml"', "3"])
+def test_a_scenario_that_extends_itself_or_nothing_is_refused(tmp_path, other):
+    (tmp_path / "back.toml").write_text('extends = "example.toml"')
+    with pytest.raises(ScenarioError, match="extends must name another scenario file"):
+        load_scenario(write(tmp_path, f"extends = {other}"))
+
+
 def test_a_resolved_scenario_is_read_back_as_itself(tmp_path):
     scenario = load_scenario(write(tmp_path, 'name = "x"\n[export]\nusers = ["7", "9"]\n'))
     resolved = tmp_path / "scenario.json"
