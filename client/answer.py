@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
+from client.chat import Turn
 from client.chat_api import ApiError, ChatRequest
 from client.generation import spell
 from client.models import Chosen, Models
-from shared.errors import HeadError
+from shared.errors import HeadError, StoreError
 
 
 class Answer:
@@ -42,7 +43,7 @@ class Answer:
         base, request = self.chosen.generator.base, self._request
         for token, _ in self.chosen.generator.steps(
             self._token_ids,
-            max_new_tokens=min(request.limit, base.max_tokens - len(self._token_ids)),
+            max_new_tokens=min(request.limit, self.chosen.generator.room - len(self._token_ids)),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
@@ -74,10 +75,12 @@ def prepare(models: Models, request: ChatRequest) -> Answer:
             param="model",
         )
     try:
-        token_ids = models.format.encode(request.turns, personal=chosen.personal)
+        token_ids = models.format.encode(_remembered(models, chosen, request), personal=chosen.personal)
+    except StoreError as error:
+        raise ApiError(str(error), status=503, code="records_unreadable") from None
     except HeadError as error:
         raise ApiError(str(error), code="invalid_value", param="messages") from None
-    room = chosen.generator.base.max_tokens
+    room = chosen.generator.room
     if not 0 < len(token_ids) < room:
         raise ApiError(
             f"the messages must have between 1 and {room - 1} tokens, got {len(token_ids)}; shorten the conversation.",
@@ -85,3 +88,21 @@ def prepare(models: Models, request: ChatRequest) -> Answer:
             param="messages",
         )
     return Answer(chosen, token_ids, request=request)
+
+
+def _remembered(models: Models, chosen: Chosen, request: ChatRequest) -> Sequence[Turn]:
+    """The conversation, what its owner's records say before the last message of the user where there is room for it."""
+    turns, remembering = list(request.turns), models.remembering
+    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=None)
+    if remembering is None or last is None:
+        return turns
+    base, room = chosen.generator.base, chosen.generator.room
+    room -= min(request.limit, room // 2)
+
+    def put(text: str) -> list[Turn]:
+        return [*turns[:last], Turn("user", text), *turns[last + 1 :]]
+
+    def fits(text: str) -> bool:
+        return len(models.format.encode(put(text), personal=chosen.personal)) <= room
+
+    return put(remembering.before(turns[last].content, base.tokenizer, fits=fits))

@@ -1,4 +1,4 @@
-"""What an owner states of themself, for campaigns with declared personas; sealed like the records, and never sent."""
+"""What an owner states of themself, for declared personas and for prompts; sealed like the records, and never sent."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,8 @@ from client.home import Home
 from shared.errors import StoreError
 
 _NAME = "profile"
-_MOST = 32  # attributes, and characters of each
+_MOST = 32  # attributes, and characters of a name
+_LONGEST = 400  # characters of a value: the lines of a persona
 
 
 def read_profile(home: Home) -> dict[str, str]:
@@ -30,9 +31,10 @@ def write_profile(home: Home, profile: Mapping[str, str]) -> None:
         StoreError: Too many or too long attributes, one without a name, or the vault cannot be opened.
     """
     for name, value in profile.items():
-        if not (0 < len(name) <= _MOST and 0 < len(value) <= _MOST and (name + value).isprintable()):
+        if not (0 < len(name) <= _MOST and 0 < len(value) <= _LONGEST and (name + value).isprintable()):
             raise StoreError(
-                f"an attribute must read name=value, each 1 to {_MOST} printable characters, got {name[:_MOST]!r}."
+                f"an attribute must read name=value, 1 to {_MOST} printable characters and 1 to {_LONGEST}, got "
+                f"{name[:_MOST]!r}."
             )
     if len(profile) > _MOST:
         raise StoreError(f"a profile must have at most {_MOST} attributes, got {len(profile)}.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from client.owner_cli import add_parsers
 from client.place import open_owner_home
+from client.remember_cli import add_remember, remembering_of
 from client.serve_cli import add_serve
 from client.service_cli import add_join
 from shared.errors import HeadError
@@ -36,6 +37,7 @@ With --base and no --head the base answers alone. Prompt and answer together mus
 Everything is checked before the first word: a damaged file, a head of another base, or one whose known answer does
 not come out on this device, is refused with one line and exit code 2. With --home the base must be signed by an
 operator you consented to; where your private head is refused, the bare base answers and one line says why.
+With --remember N the N of your own records that are most like the prompt stand before it; they stay on the device.
 """
 
 
@@ -76,6 +78,7 @@ def add_parser(subparsers: "Subparsers") -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from this share (default: 1)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: fresh randomness)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer as it comes")
+    add_remember(parser)
     parser.set_defaults(handler=generate)
 
 
@@ -156,7 +159,13 @@ def generate(args: argparse.Namespace) -> int:
     """
     prompt = _read_file(args.file) if args.prompt is None else args.prompt
     _check_encoding([prompt])
+    remembering = remembering_of(args, args.home and open_owner_home(args.home))
     generator, problem = _open_generator(args)
+    whole = prompt
+    if remembering is not None:
+        base = generator.base
+        room = generator.room - args.max_new_tokens
+        whole = remembering.before(prompt, base.tokenizer, fits=lambda text: len(base.encode(text)) <= room)
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -164,12 +173,12 @@ def generate(args: argparse.Namespace) -> int:
         "seed": args.seed,
     }
     if args.json:
-        found = generator.generate(prompt, **settings)
+        found = generator.generate(whole, **settings)
         answer = {"prompt": prompt, "text": found.text, "token_ids": found.token_ids, "stopped": found.stopped}
         where = {"head": str(args.head or args.home or args.base), "user": generator.user}
         print(json.dumps(where | _said_of_home(args, problem) | answer, ensure_ascii=False))
     else:
-        for piece in generator.stream(prompt, **settings):
+        for piece in generator.stream(whole, **settings):
             print(piece, end="", flush=True)
         print()
     return 0

@@ -24,8 +24,9 @@ from client.device_key import sign, trusted_operator
 from client.home import Home, open_home
 from client.inputs import only, read_inputs
 from client.ledger import Ledger
+from client.ledger_book import Standing
 from client.log import note
-from client.site import Workbench, accepted_campaign, open_site, open_workbench
+from client.site import Workbench, accepted_campaign, open_site, open_workbench, trained_records
 from client.sources import training_records
 from shared.adapter import Arrays, within_bound
 from shared.campaign import Campaign, read_resumed
@@ -309,7 +310,8 @@ class OwnedDevice:
         records = training_records(
             self._home, policy_sha256=policy.sha256, task=campaign.scenario.task.name, added=policy.added_records
         )
-        features, targets = read_inputs(self._home, bench, records)
+        asked = trained_records(campaign.scenario, records, self.profile(campaign))
+        features, targets = read_inputs(self._home, bench, asked)
         prepared = [bench.head.prepare(features.select([row])) for row in range(len(features))]
         return bench, Features([only(record) for record in prepared]), targets
 
@@ -327,10 +329,18 @@ class OwnedDevice:
         return read_profile(self._home)
 
     def state(self, campaign: Campaign, round_number: int) -> Arrays:
-        """From the vault."""
+        """From the vault.
+
+        Raises:
+            RefusedError: ``STORE``: it is gone, and with it a choice that is paid for once and was seen already.
+        """
         del round_number  # the ledger answers a round once
         vault, name = self._home.vault(), _state_name(campaign)
-        return load(vault.open(name)) if vault.names(name) else {}
+        if vault.names(name):
+            return load(vault.open(name))
+        if campaign.policy.choice_epsilon is not None and self._has_answered(campaign):
+            raise RefusedError("STORE")
+        return {}
 
     def keep_state(self, campaign: Campaign, round_number: int, state: Arrays) -> None:
         """Sealed in the vault."""
@@ -358,8 +368,7 @@ class OwnedDevice:
 
     def ready(self, campaign: Campaign, round_number: int) -> None:
         """Ask the ledger, which is not changed."""
-        policy = campaign.policy.sha256
-        standing = next((each for each in self._ledger.consents() if each.consent.policy == policy), None)
+        standing = self._standing(campaign)
         if standing is None or standing.state not in ("in force", "exhausted"):
             raise RefusedError("CONSENT")
         if self._ledger.totals().paused:
@@ -395,6 +404,15 @@ class OwnedDevice:
             raise RefusedError("STAGE")
         return state
 
+    def _standing(self, campaign: Campaign) -> Standing | None:
+        policy = campaign.policy.sha256
+        return next((each for each in self._ledger.consents() if each.consent.policy == policy), None)
+
+    def _has_answered(self, campaign: Campaign) -> bool:
+        """Whether a server may have seen a reply of this device, those a ledger forgot included."""
+        standing = self._standing(campaign)
+        return standing is not None and standing.released + standing.lost > 0
+
 
 _SECRETS: dict[str, dict[str, bytes]] = {}  # home -> what the latest round of a secure sum must remember
 _SECURE_SUM = "secure sum"
@@ -410,6 +428,11 @@ def _state_name(campaign: Campaign) -> str:
 
 def _states_folder(campaign: Campaign, seat: int) -> Path:
     return campaign.folder / "devices" / str(seat)
+
+
+def kept_rounds(campaign: Campaign, seat: int) -> list[int]:
+    """Rounds after which a simulated device's state is still there, ascending."""
+    return [int(path.stem) for path in _states(campaign, seat)]
 
 
 def _states(campaign: Campaign, seat: int) -> list[Path]:

@@ -12,6 +12,7 @@ from client.export_lm import export_lm_base
 from client.graph_kernel import kernel_term
 from client.private_head import PROBES, head_logits
 from client.site import resident_base
+from client.soft_prompt import check_soft_export
 from shared.adapter import load_start
 from shared.campaign import Campaign
 from shared.config import Scenario
@@ -69,9 +70,10 @@ def export_fleet(
     Args:
         head: At the campaign's public start or after it: what a kernel of it is made of is part of the base.
     """
+    check_soft_export(scenario)
     settings: dict[str, Any] = {
         "blocks": range(head.first_block, base.num_blocks),
-        "targets": scenario.adapter.targets,
+        "targets": () if scenario.adapter.technique == "prompt-tuning" else scenario.adapter.targets,
         "precision": precision,
         "cache": cache,
     }
@@ -113,4 +115,5 @@ EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {
     "tagging": _export_encoder,
     "ranking": _export_encoder,
     "generation": _export_generation,
+    "preference": _export_generation,
 }

@@ -37,7 +37,7 @@ from client.chat import read_chat
 from client.export import head_manifest
 from client.generation import Generator, bind_generator, check_known_answer, open_generator
 from client.graph_lm import build_lm_graph, list_slots, lm_graph_key, read_cache_shape, read_stop_ids, slot_layers
-from client.language import LanguageBase, lm_base_id, open_lm_base
+from client.language import LanguageBase, lm_base_id, open_lm_base, read_prefix
 from client.parity import PRECISIONS, Parity, check_precision
 from client.runtime import MAX_TOLERANCE, identity
 from client.slots import describe_slot, graph_format, read_graph, store_graph
@@ -148,6 +148,7 @@ def build_lm_head(
     privacy: Mapping[str, object],
     probe_texts: Sequence[str],
     created: datetime,
+    prefix: Mapping[str, np.ndarray] | None = None,
     sequence: int = 0,
     expires: datetime | None = None,
 ) -> dict[str, bytes]:
@@ -163,6 +164,7 @@ def build_lm_head(
         privacy: What left the device before, written as given.
         probe_texts: At least 16 different texts, of which three are compared; none is written.
         created: Time of the export, written to the manifest.
+        prefix: Keys and values of soft tokens with this adapter (``client.soft_prompt.soft_prefix``).
         sequence: Of the home's heads, counting up; 0 for a head of no home.
         expires: From when on a home takes it no more; None for a head of no home.
 
@@ -180,7 +182,7 @@ def build_lm_head(
     """
     probes = distinct(probe_texts)
     base = base_folder if isinstance(base_folder, LanguageBase) else open_lm_base(base_folder)
-    tensors = slot_tensors(lora, scaling=scaling)
+    tensors = slot_tensors(lora, scaling=scaling) | dict(sorted((prefix or {}).items()))
     content = save(tensors)
     manifest: dict[str, Any] = {
         **head_manifest("lm-adapter", user=user, privacy=privacy, created=created, sequence=sequence, expires=expires),
@@ -208,6 +210,7 @@ def export_lm_head(
     privacy: Mapping[str, object],
     probe_texts: Sequence[str],
     created: datetime,
+    prefix: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Write the head that ``build_lm_head`` makes of the same arguments, in plain and unsigned, into a folder.
 
@@ -231,9 +234,23 @@ def export_lm_head(
             privacy=privacy,
             probe_texts=probe_texts,
             created=created,
+            prefix=prefix,
         )
         write_head(new, files)
     return dict(json.loads(files[MANIFEST]))
+
+
+def bound_arrays(
+    base: LanguageBase,
+    lora: Mapping[str, np.ndarray],
+    *,
+    scaling: float,
+    prefix: Mapping[str, np.ndarray],
+    user: str | None = None,
+) -> Generator:
+    """A generator over tensors in memory, without a head file: what a simulation answers with, unchecked by torch."""
+    soft = read_prefix(Path("adapter in memory"), prefix, base.cache)
+    return Generator(user, base, slot_tensors(lora, scaling=scaling), {}, soft)
 
 
 def slot_tensors(lora: Mapping[str, np.ndarray], *, scaling: float) -> dict[str, np.ndarray]:
@@ -290,17 +307,17 @@ def _compare(bare: Generator, logits: Logits, probes: Sequence[str]) -> dict[str
 def _compare_head(personal: Generator, logits: Logits, probes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parity and known answer of a head, from one run of torch, or HeadError."""
     base = personal.base
-    known = base.tokens(_KNOWN_TEXT)[: base.max_tokens]
+    known = base.tokens(_KNOWN_TEXT)[: personal.room]
     chosen = probes[:: max(1, len(probes) // _HEAD_PROBES)][:_HEAD_PROBES]
     row = [*known, *[token for text in chosen for token in base.tokens(text)][:_PROBE_TOKENS]]
-    room = base.max_tokens - HEAD_GREEDY_TOKENS
+    room = personal.room - HEAD_GREEDY_TOKENS
     count = HEAD_GREEDY_TOKENS if room >= len(known) else 0
     parity = Parity("the logits of the probe texts", precision=base.precision, max_abs=TOLERANCE, rel_rms=HEAD_REL_RMS)
-    answer = _compare_answer(personal, logits, row[: room if count else base.max_tokens], parity, count=count)
+    answer = _compare_answer(personal, logits, row[: room if count else personal.room], parity, count=count)
     after = len(known) - 1
     # Torch's word in fp32; the runtime's own on a base of 8 bits, which is further from torch than from itself.
     said = (answer.wanted if base.precision == "fp32" else answer.found)[after].astype(np.float64)
-    return _described(parity, len(chosen), answer, base), _known_answer(base, personal.adapter, known, said)
+    return _described(parity, len(chosen), answer, base), _known_answer(personal, known, said)
 
 
 @dataclass(frozen=True)
@@ -317,7 +334,7 @@ def _compare_answer(
 ) -> _Compared:
     """A prompt, and tokens chosen one by one through the cache, against torch, or HeadError."""
     base, answer = generator.base, list[int]()
-    found, cache = base.run(prompt, base.cache.empty(), adapter=generator.adapter)
+    found, cache = base.run(prompt, generator.start(), adapter=generator.adapter)
     rows = [found]
     for _ in range(count):
         answer.append(int(rows[-1][-1].argmax()))
@@ -340,20 +357,22 @@ def _described(parity: Parity, texts: int, answer: _Compared | None, base: Langu
     return {"n_probes": texts, **parity.described(), "greedy_tokens": equal}
 
 
-def _known_answer(
-    base: LanguageBase, tensors: Mapping[str, np.ndarray], token_ids: list[int], personal: np.ndarray
-) -> dict[str, Any]:
+def _known_answer(generator: Generator, token_ids: list[int], personal: np.ndarray) -> dict[str, Any]:
     """Logits (V,) with the adapter where it changes them most, and the base's without it."""
+    base = generator.base
     bare = base.run(token_ids, base.cache.empty(), adapter={})[0][-1].astype(np.float64)
     change = np.abs(personal - bare)
     effect = float(change.max())
-    active = lora_differs(tensors)
+    if generator.prefix:  # a device that leaves only them out must find another answer too
+        hard = base.run(token_ids, base.cache.empty(), adapter=generator.adapter)[0][-1]
+        effect = min(effect, float(np.abs(personal - hard)[_most(change)].max()))
+    active = bool(generator.prefix) or lora_differs(generator.adapter)
     if active and not effect >= _MIN_EFFECT:
         raise HeadError(
             f"the adapter must change a logit of the known text by at least {_MIN_EFFECT}, got {effect:.2g}; nothing "
             "was written. Its tensors are too small, or the reference ignores them."
         )
-    places = np.argsort(-change, kind="stable")[:_KNOWN_PLACES]
+    places = _most(change)
     return {
         "token_ids": token_ids,
         "places": places.tolist(),
@@ -361,6 +380,11 @@ def _known_answer(
         "without_adapter": bare[places].tolist(),
         "tolerance": min(MAX_TOLERANCE[base.precision], effect / 4) if active else MAX_TOLERANCE[base.precision],
     }
+
+
+def _most(change: np.ndarray) -> np.ndarray:
+    """Where a known answer is taken."""
+    return np.argsort(-change, kind="stable")[:_KNOWN_PLACES]
 
 
 def _reference(logits: Logits, token_ids: Sequence[int]) -> np.ndarray:

@@ -6,7 +6,7 @@ device, that the adapter is at work; client/language.py opens the base beside it
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from client.artifact import (
     read_file,
     read_manifest,
 )
-from client.language import Cache, LanguageBase, open_lm_base
+from client.language import PREFIX, Cache, LanguageBase, open_lm_base, read_prefix
 from client.runtime import MAX_TOLERANCE, check_runtime, identity, wrong_answer
 from shared.errors import HeadError
 
@@ -59,12 +59,23 @@ class Generator:
     Attributes:
         user: The user's id; None for the base alone.
         manifest: Of the head, or of the base where there is none.
+        prefix: The key-value cache of the user's soft tokens, which stand before every prompt; empty without any.
     """
 
     user: str | None
     base: LanguageBase
     adapter: Arrays
     manifest: Mapping[str, Any]
+    prefix: Arrays = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        """Tokens that prompt and answer may have together: soft tokens take the first positions."""
+        return self.base.max_tokens - (next(iter(self.prefix.values())).shape[2] if self.prefix else 0)
+
+    def start(self) -> Cache:
+        """The cache before the first token of a prompt."""
+        return self.base.cache.empty() | dict(self.prefix)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits (T, V) float32 after each of the tokens; the export compares these with torch.
@@ -72,8 +83,8 @@ class Generator:
         Raises:
             HeadError: There is no token, there are more than the model takes, or a logit is not finite.
         """
-        _check_length(self.base, len(token_ids), 0)
-        return self.base.run(token_ids, self.base.cache.empty(), adapter=self.adapter)[0]
+        _check_length(self.room, len(token_ids), 0)
+        return self.base.run(token_ids, self.start(), adapter=self.adapter)[0]
 
     def steps(
         self,
@@ -87,7 +98,7 @@ class Generator:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Each new token and the logits (V,) it was chosen from, one run of the model a token."""
         _check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        _check_length(self.base, len(token_ids), max_new_tokens)
+        _check_length(self.room, len(token_ids), max_new_tokens)
         random = np.random.default_rng(seed)
         logits, cache = self._read(token_ids)
         for count in range(1, max_new_tokens + 1):
@@ -99,7 +110,7 @@ class Generator:
 
     def _read(self, token_ids: Sequence[int]) -> tuple[np.ndarray, Cache]:
         """The prompt's last logits (1, V) and its cache; of a long prompt the others are never held together."""
-        cache = self.base.cache.empty()
+        cache = self.start()
         for start in range(0, len(token_ids), _CHUNK_TOKENS):
             logits, cache = self.base.run(token_ids[start : start + _CHUNK_TOKENS], cache, adapter=self.adapter)
         return logits[-1:], cache
@@ -221,11 +232,16 @@ def bind_generator(folder: Files, base: LanguageBase, *, signers: Collection[str
     content = read_file(folder, manifest, ADAPTER)
     adapter = parse_adapter(place / ADAPTER, content)
     check_listed(place, manifest, adapter)
-    check_slots(place, adapter, base.slots)
+    prefix = read_prefix(place / ADAPTER, adapter, base.cache)
+    lora = {name: array for name, array in adapter.items() if not name.startswith(PREFIX)}
+    check_slots(place, lora, base.slots)
     user = manifest.get("user")
     if not isinstance(user, str):
         raise damaged(place / MANIFEST, f"user must be a string, got {user!r}")
-    return Generator(user, base, adapter, manifest)
+    generator = Generator(user, base, lora, manifest, prefix)
+    if not generator.room >= 1:
+        raise damaged(place / ADAPTER, f"its soft tokens must leave room in the model's {base.max_tokens} positions")
+    return generator
 
 
 def choose(logits: np.ndarray, *, temperature: float, top_p: float, random: np.random.Generator) -> int:
@@ -268,7 +284,7 @@ def check_known_answer(folder: Path, generator: Generator) -> None:
     limit = MAX_TOLERANCE[generator.base.precision]
     if not (0 < tolerance <= limit and wanted.shape == bare.shape == (len(places),) and places):
         raise damaged(path, "its known answer must have a tolerance, places and as many logits")
-    if lora_differs(generator.adapter) and not np.abs(wanted - bare).max() >= 2 * tolerance:
+    if (generator.prefix or lora_differs(generator.adapter)) and not np.abs(wanted - bare).max() >= 2 * tolerance:
         raise damaged(path, "its known answer must tell the adapter from its absence")
     logits = generator.logits(token_ids)[-1]
     if not 0 <= min(places) <= max(places) < len(logits):
@@ -287,12 +303,12 @@ def _check_settings(*, max_new_tokens: int, temperature: float, top_p: float) ->
         raise HeadError(f"top_p must be above 0 and at most 1, got {top_p}.")
 
 
-def _check_length(base: LanguageBase, prompt: int, answer: int) -> None:
+def _check_length(room: int, prompt: int, answer: int) -> None:
     if not prompt >= 1:
         raise HeadError("a prompt must have at least one token, got none; give some text.")
-    if not prompt + answer <= base.max_tokens:
+    if not prompt + answer <= room:
         raise HeadError(
-            f"prompt and answer must fit the model's {base.max_tokens} tokens, got {prompt} and up to {answer}; "
+            f"prompt and answer must fit the model's {room} tokens, got {prompt} and up to {answer}; "
             "shorten the prompt or ask for fewer new tokens."
         )
 

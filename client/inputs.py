@@ -11,6 +11,7 @@ from client.site import Workbench
 from client.vault import Vault
 from shared.datasets import Record
 from shared.features import Features, compute_hidden
+from shared.pairs import join, joined_labels
 from shared.tasks import TASKS, Encoded, Labels, Scores, Targets
 
 _MOST_SEALED_BYTES = 2**30  # of backbone outputs; more are computed anew in every round
@@ -27,6 +28,8 @@ def read_inputs(home: Home, bench: Workbench, records: Sequence[Record]) -> tupl
             home.vault().delete(_sealed_name(bench))
         return Features([]), Scores([])
     encoded = [_encode(bench, record) for record in records]
+    if encoded[0].rejected is not None:
+        return _read_pairs(home, bench, encoded)
     features = _sealed_features(home.vault(), bench, [one.token_ids[0] for one in encoded])
     rows = np.flatnonzero(features.lengths).tolist()
     targets: Targets = Scores([records[row].target for row in rows])
@@ -35,16 +38,36 @@ def read_inputs(home: Home, bench: Workbench, records: Sequence[Record]) -> tupl
     return features.select(rows), targets
 
 
+def _read_pairs(home: Home, bench: Workbench, encoded: Sequence[Encoded]) -> tuple[Features, Targets]:
+    """Pairs of answers, each answer sealed as a text of its own; one that the base cannot take voids its pair.
+
+    What the base itself makes of a pair is computed of each alone, as everything on an owner's device.
+    """
+    count = len(encoded)
+    ids = [one.token_ids[0] for one in encoded] + [one.rejected.token_ids[0] for one in encoded if one.rejected]
+    features = _sealed_features(home.vault(), bench, ids)
+    rows = np.flatnonzero((features.lengths[:count] > 0) & (features.lengths[count:] > 0)).tolist()
+    chosen, rejected = features.select(rows), features.select([count + row for row in rows])
+    labels = [joined_labels(encoded[row])[0] for row in rows]
+    return join(bench.base, chosen, rejected, labels, blocks=len(bench.head.blocks), micro_batch=1)
+
+
 def _encode(bench: Workbench, record: Record) -> Encoded:
     """Tokens of one record, none where there is no way to have them."""
     scenario = bench.campaign.scenario
+    if scenario.task.name == "preference" and not record.rejected:
+        return _nothing(scenario.task.name)
     try:
         return TASKS[scenario.task.name](bench.base, [record.key], scenario)
     except MemoryError:  # says nothing of the record, and must not be kept as if it did
         raise
     except Exception:  # a tokenizer raises it bare
-        none = np.zeros(0, dtype=np.int64)
-        return Encoded([[]], [none] if scenario.task.name == "generation" else None)
+        return _nothing(scenario.task.name)
+
+
+def _nothing(task: str) -> Encoded:
+    labels = [np.zeros(0, dtype=np.int64)] if task in ("generation", "preference") else None
+    return Encoded([[]], labels, Encoded([[]], labels) if task == "preference" else None)
 
 
 def _hidden(bench: Workbench, token_ids: list[int], blocks: int) -> np.ndarray:

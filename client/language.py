@@ -29,6 +29,7 @@ from client.artifact import (
 from client.runtime import check_runtime, open_session, read_tokenizer
 from shared.errors import HeadError
 
+PREFIX = "prefix."  # of the names of soft tokens' keys and values in an adapter
 _CHUNK_TOKENS = 128  # of a prompt per run; bounds the memory of the logits, V floats a token
 
 Cache = dict[str, np.ndarray]  # past_key_values.<layer>.<key|value> -> (1, heads, tokens so far, width)
@@ -152,6 +153,36 @@ def open_lm_base(folder: Path, *, threads: int = 1, signers: Collection[str] | N
         template,
         precision,
     )
+
+
+def read_prefix(path: Path, adapter: Arrays, shape: CacheShape) -> Cache:
+    """The keys and values of soft tokens that an adapter holds, as the cache that every prompt follows.
+
+    Args:
+        path: What messages call the adapter.
+        adapter: All of its tensors.
+        shape: Of the model's cache.
+
+    Returns:
+        Empty where it holds none.
+
+    Raises:
+        HeadError: A tensor of them is missing or unknown, or not (heads, P, width) with one P >= 1 for all.
+    """
+    found = {name: array for name, array in adapter.items() if name.startswith(PREFIX)}
+    if not found:
+        return {}
+    wanted = [PREFIX + name for name in shape.names]
+    wrong = sorted(found.keys() ^ set(wanted))
+    if wrong:
+        raise damaged(path, f"soft tokens must have key and value in {shape.layers} blocks; wrong: {', '.join(wrong)}")
+    size = found[wanted[0]].shape[1] if found[wanted[0]].ndim == 3 else 0
+    for name, array in found.items():
+        if array.shape != (shape.heads, size, shape.width) or not size >= 1:
+            raise damaged(
+                path, f"{name} must have shape ({shape.heads}, soft tokens, {shape.width}), got {array.shape}"
+            )
+    return {f"past_key_values.{name}": found[PREFIX + name][None] for name in shape.names}
 
 
 def check_template(template: str) -> str:

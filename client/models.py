@@ -18,6 +18,7 @@ from client.chat import ChatFormat, chat_format
 from client.generation import Generator, open_generator
 from client.home import Home
 from client.language import open_lm_base
+from client.remember import Remembering
 from client.vault import KEY_FILE
 from client.verify import Opened, highest_sequence, open_personal, trusted_operators
 from shared.errors import HeadError, StoreError
@@ -61,7 +62,8 @@ class Chosen:
 class Models:
     """The base, opened once, and the heads that fit it."""
 
-    def __init__(self, base: Generator, heads: Heads) -> None:
+    def __init__(self, base: Generator, heads: Heads, *, remembering: Remembering | None = None) -> None:
+        self.remembering = remembering
         self._base = base
         self._heads = heads
         self._opened: dict[Hashable, Generator] = {}
@@ -176,13 +178,16 @@ class FolderHead:
         return head.user is not None
 
 
-def open_models(source: Home | Path, base_folder: Path, *, threads: int = 1) -> Models:
+def open_models(
+    source: Home | Path, base_folder: Path, *, threads: int = 1, remembering: Remembering | None = None
+) -> Models:
     """Open a base and the heads to serve over it.
 
     Args:
         source: An owner's home, or the folder of one head.
         base_folder: The fleet's language model; for a home it must be signed by an operator the owner consented to.
         threads: Of the matrix products.
+        remembering: What stands before the last message of a user, whichever model answers.
 
     Raises:
         HeadError: The base cannot be used; a head that cannot is said when it is asked for.
@@ -193,6 +198,5 @@ def open_models(source: Home | Path, base_folder: Path, *, threads: int = 1) -> 
     manifest = read_manifest(base_folder, "lm-base", signers=signers)
     if manifest.get("id") != base.id:
         raise HeadError(f"{base_folder} must not change while it is opened, but did; try again.")
-    return Models(
-        Generator(None, base, {}, manifest), HomeHeads(source) if isinstance(source, Home) else FolderHead(source)
-    )
+    heads = HomeHeads(source) if isinstance(source, Home) else FolderHead(source)
+    return Models(Generator(None, base, {}, manifest), heads, remembering=remembering)

@@ -165,7 +165,13 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
     return [records, f"private heads: {len(data['heads'])} versions, current {data['current_head']}"]
 
 
-_OF_USE = {"rating": "ratings", "tagging": "labels", "ranking": "rankings", "generation": "language models"}
+_OF_USE = {
+    "rating": "ratings",
+    "tagging": "labels",
+    "ranking": "rankings",
+    "generation": "language models",
+    "preference": "comparisons",
+}
 
 
 def source_lines(source: Mapping[str, Any]) -> list[str]:

@@ -462,7 +462,7 @@ def check_task(name: str, task: str) -> None:
         missing = name not in ("none", "fine-tune")  # see client.profile
     else:
         method = personal_method(name)  # a mixture differs from text to text, and so would a generated token's head
-        missing = task == "generation" and (method.adapt is None or method.mix is not None)
+        missing = task in ("generation", "preference") and (method.adapt is None or method.mix is not None)
     if missing:
         raise ScenarioError(f"personal.method = {name!r} has no form for task {task!r}; choose another.")
 

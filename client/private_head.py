@@ -24,7 +24,8 @@ from client.ledger import Standing
 from client.owner import checked_ledger, find_consent
 from client.personalize import PrivateOutput, fit_labels, fit_lora, fit_private
 from client.profile import profile_of
-from client.site import Workbench, resident_base, use_threads
+from client.site import Workbench, resident_base, trained_records, use_threads
+from client.soft_prompt import soft_prefix
 from client.sources import records_of
 from client.tagging import PrivateTags
 from client.verify import keep_head, next_sequence, open_home_base
@@ -119,7 +120,7 @@ def personalize(
     standing = _choose(home, prefix)
     campaign = _kept_campaign(home, standing.consent.policy)
     task, operators = campaign.scenario.task.name, (standing.consent.operator,)
-    kind: Any = "lm-base" if task == "generation" else "base"
+    kind: Any = "lm-base" if task in ("generation", "preference") else "base"
     fleet = open_home_base(home, base_folder, kind=kind, operators=operators)
     start = {slot.name: campaign.start[slot.name] for slot in campaign.policy.array_slots()}
     arrays, round_number = newest_shared(home, campaign.policy) or (start, 0)
@@ -127,7 +128,8 @@ def personalize(
     records = records_of(home, task=task)
     if not records:
         raise StoreError("a private head is fitted to records, this home has none; run: sottovoce client add.")
-    features, targets = read_inputs(home, bench, records)
+    profile = read_profile(home)
+    features, targets = read_inputs(home, bench, trained_records(campaign.scenario, records, profile))
     settings: dict[str, Any] = {
         "base_folder": fleet,
         "user": OWNER,
@@ -140,7 +142,7 @@ def personalize(
     build = _BUILDERS[task]
     generator = generator or np.random.default_rng()
     said = [record.text for record in records] if len(targets) == len(records) else []
-    files = build(bench, arrays, features, targets, texts, generator, settings, profile=read_profile(home), own=said)
+    files = build(bench, arrays, features, targets, texts, generator, settings, profile=profile, own=said)
     about = {
         "created": home.clock().isoformat(timespec="seconds"),
         "campaign": campaign.policy.campaign,
@@ -259,6 +261,7 @@ _BUILDERS: dict[str, Callable[..., dict[str, bytes]]] = {
     "tagging": _encoder_files,
     "ranking": _encoder_files,
     "generation": _language_files,
+    "preference": _language_files,
 }
 
 
@@ -276,6 +279,7 @@ def language_parts(head: CausalHead, base: Base, scenario: Scenario) -> dict[str
         "base_sha256": base.sha256,
         "lora": {name: array for name, array in read_start(head).items() if "lora_" in name},
         "scaling": scenario.adapter.scaling,
+        "prefix": soft_prefix(head),
         "logits": lambda token_ids: head_logits(head, base, token_ids),
     }
 

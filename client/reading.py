@@ -14,6 +14,7 @@ _JSONL_FIELDS: dict[str, type | tuple[type, ...]] = {
     "response": str,
     "item": str,
     "timestamp": int,
+    "rejected": str,
 }
 
 
@@ -54,7 +55,7 @@ def read_jsonl(path: Path) -> Found:
     """Records from a file of one JSON object a line.
 
     Args:
-        path: UTF-8; the fields of ``Record``: text, target, and optionally response, item and timestamp.
+        path: UTF-8; the fields of ``Record``: text, target, and optionally response, item, timestamp and rejected.
 
     Raises:
         DataError: A line is not a record; names file, line and field, and quotes nothing.
@@ -94,6 +95,7 @@ def _read_line(line: str, place: str) -> Record:
         item=value.get("item", ""),
         timestamp=value.get("timestamp", 0),
         response=value.get("response", ""),
+        rejected=value.get("rejected", ""),
     )
 
 

@@ -41,7 +41,7 @@ def take_place(
         What is to be kept beside the private tensors: a choice that is made once.
 
     Raises:
-        RefusedError: ``STORE``: what was kept is not of this campaign.
+        RefusedError: ``STORE``: what was kept is not of this campaign, or is gone with a choice that is made once.
     """
     campaign, head = bench.campaign, bench.head
     policy, persona = campaign.policy, campaign.scenario.persona
@@ -60,7 +60,7 @@ def take_place(
     rating = cast(RatingHead, head)
     if persona.choice == "declared":
         choice = declared_persona(device.profile(campaign), persona)
-    elif policy.choice_epsilon is not None and _CHOICE in kept:
+    elif policy.choice_epsilon is not None and kept:
         choice = int(kept[_CHOICE].item())
     else:
         load_shared(head, request.arrays)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.place import default_home, open_owner_home
+from client.remember_cli import add_remember, remembering_of
 from shared.errors import HeadError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add_serve(commands: "Subparsers") -> None:
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="default: 8080; 0 takes a free one")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the model (default: 1)")
     parser.add_argument("--new-token", action="store_true", help="make a new token; the old one is no longer taken")
+    add_remember(parser)
     parser.set_defaults(handler=serve)
 
 
@@ -57,7 +59,8 @@ def serve(args: argparse.Namespace) -> int:
     if args.head is None and args.base is None:
         raise HeadError("--base must name the folder of the fleet's base, it was not given.")
     source = args.head or open_owner_home(args.home)
-    models = open_models(source, args.base or args.head / DEFAULT_BASE, threads=args.threads)
+    remembering = remembering_of(args, None if args.head else source)
+    models = open_models(source, args.base or args.head / DEFAULT_BASE, threads=args.threads, remembering=remembering)
     if args.head is None:
         place = source.folder / TOKEN_FILE
         token, said = read_token(place, new=args.new_token), f"in {place}"

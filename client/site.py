@@ -3,30 +3,35 @@
 In a simulation one process plays many devices; each call reads only the records of the device it is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import platformdirs
 import torch
 from opacus import GradSampleModule
 from threadpoolctl import threadpool_limits
 
+from client.prompting import Embed, profiled_tests, profiled_training, with_earlier
 from client.train import make_trainable
 from shared.adapter import load_start
 from shared.assets import resolve
 from shared.campaign import Campaign, certify, find_campaign
 from shared.config import DataConfig, Scenario
-from shared.datasets import Dataset, Record, choose_users, hold_out, read
+from shared.datasets import Dataset, Record, choose_users, deal_out, hold_out, read
 from shared.errors import RefusedError, ScenarioError
-from shared.features import Features, cached_features
+from shared.features import Features, cached_features, compute_hidden
 from shared.head import Head
 from shared.model import Base, load_base
+from shared.pairs import join, joined_labels
 from shared.tasks import TASKS, Key, Labels, Scores, Targets
 
+_EMBEDDED_TOKENS = 256  # of a text, by the encoder that finds similar ones
 
-@lru_cache(maxsize=2)
+
+@lru_cache(maxsize=4)
 def resident_base(reference: str, device: str = "cpu") -> Base:
     """The base model, loaded once per process.
 
@@ -54,7 +59,50 @@ def resident_dataset(data: DataConfig, *, held_out: float = 0.0) -> Dataset:
 def _resident_dataset(settings: str, held_out: float) -> Dataset:
     data = DataConfig.model_validate_json(settings)
     everybody = read(data.format, resolve(data.source), columns=data.columns, min_records=data.min_records)
-    return hold_out(choose_users(everybody, data.users, tuning_share=data.tuning_share), held_out)[0]
+    chosen = choose_users(everybody, data.users, tuning_share=data.tuning_share)
+    return hold_out(deal_out(chosen) if data.shuffled else chosen, held_out)[0]
+
+
+def campaign_dataset(scenario: Scenario) -> Dataset:
+    """The users of a simulated campaign, their records as they are trained on; test prompts stand alone."""
+    found = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
+    prompt = scenario.prompt
+    return (
+        profiled_training(found, prompt=prompt, embed=_embed(scenario, feature_cache())) if prompt.training else found
+    )
+
+
+def asked_with_profiles(dataset: Dataset, scenario: Scenario) -> Dataset:
+    """The users' test records alone, their prompts after what ``[prompt]`` finds in training records as written."""
+    written = dataset
+    if scenario.prompt.training:
+        written = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
+    known = [user.train for user in written.users]
+    return profiled_tests(dataset, known, prompt=scenario.prompt, embed=_embed(scenario, feature_cache()))
+
+
+def trained_records(scenario: Scenario, records: Sequence[Record], profile: Mapping[str, str]) -> Sequence[Record]:
+    """An owner's records as a campaign trains on them; by the functions of the simulation, with no file written."""
+    if not scenario.prompt.training:
+        return records
+    in_time = sorted(records, key=lambda record: record.timestamp)
+    return with_earlier(in_time, prompt=scenario.prompt, profile=profile, embed=_embed(scenario, None))
+
+
+def embed_texts(encoder: str, texts: Sequence[str], *, cache: Path | None) -> np.ndarray:
+    """Pooled features (n, d) of texts by an encoder of their own; without a cache nothing is written."""
+    base = resident_base(encoder)
+    token_ids = base.tokenize(texts, max_tokens=min(base.positions, _EMBEDDED_TOKENS))
+    row = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, token_ids)))}
+    if cache is None:
+        found = compute_hidden(base, list(row), head_blocks=0)
+    else:
+        found = cached_features(base, list(row), head_blocks=0, cache=cache, quiet=True)
+    return found.batch([row[tuple(ids)] for ids in token_ids])[0][:, 0].numpy()
+
+
+def _embed(scenario: Scenario, cache: Path | None) -> Embed:
+    return partial(embed_texts, scenario.prompt.encoder, cache=cache)
 
 
 def use_threads(count: int) -> None:
@@ -81,14 +129,18 @@ class TextFeatures:
         keys.update(dict.fromkeys(r.key for user in dataset.users for r in (*user.train, *user.test)))
         self.row = {key: i for i, key in enumerate(keys)}
         encoded = TASKS[scenario.task.name](base, list(keys), scenario)
-        self._labels = encoded.labels
-        self.all = cached_features(
-            base,
-            encoded.token_ids,
-            head_blocks=base.head_blocks(scenario.model.head_blocks),
-            cache=feature_cache(),
-            quiet=quiet,
-        )
+        self._labels, self._pairs = encoded.labels, None
+        blocks, micro_batch = base.head_blocks(scenario.model.head_blocks), scenario.performance.micro_batch
+
+        def hidden(token_ids: list[list[int]]) -> Features:
+            return cached_features(base, token_ids, head_blocks=blocks, cache=feature_cache(), quiet=quiet)
+
+        if encoded.rejected is None:
+            self.all = hidden(encoded.token_ids)
+        else:
+            chosen, rejected = hidden(encoded.token_ids), hidden(encoded.rejected.token_ids)
+            labels = joined_labels(encoded)
+            self.all, self._pairs = join(base, chosen, rejected, labels, blocks=blocks, micro_batch=micro_batch)
 
     def public(self) -> Features:
         """Backbone outputs of the texts the policy names as public."""
@@ -104,6 +156,8 @@ class TextFeatures:
 
     def targets(self, records: Sequence[Record]) -> Targets:
         """What records are to predict, in their order."""
+        if self._pairs is not None:
+            return self._pairs.select(self.rows(records))
         if self._labels is None:
             return Scores([record.target for record in records])
         return Labels([self._labels[row] for row in self.rows(records)])
@@ -168,7 +222,7 @@ def open_site(campaigns: str, policy_sha256: str) -> Site:
     """Load everything a process of devices needs for one campaign, once; parameters as ``accepted_campaign``."""
     bench = open_workbench(accepted_campaign(campaigns, policy_sha256))
     scenario = bench.campaign.scenario
-    dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
+    dataset = campaign_dataset(scenario)
     texts = TextFeatures(bench.base, scenario, dataset)
     return Site(
         bench.campaign, bench.base, bench.head, bench.module, dataset, texts, inputs=bench.head.prepare(texts.all)

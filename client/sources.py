@@ -23,7 +23,13 @@ from shared.files import flush_folder
 SOURCE = "source.json"
 AddedRecords = Literal["next-round", "next-campaign"]
 # What a record must have to be of use; a source whose columns do not give it has nothing for that task.
-NEEDED: Mapping[str, str] = {"rating": "target", "tagging": "target", "ranking": "target", "generation": "response"}
+NEEDED: Mapping[str, str] = {
+    "rating": "target",
+    "tagging": "target",
+    "ranking": "target",
+    "generation": "response",
+    "preference": "rejected",
+}
 _FIXED = "fixed-records/"  # in the vault, one file a campaign whose records are fixed
 _DIGEST_BYTES = 32
 
@@ -172,4 +178,6 @@ def _fixed(vault: Vault, name: str, records: Sequence[Record]) -> set[bytes]:
 
 def _digest(record: Record) -> bytes:
     fields = [record.text, record.target + 0.0, record.item, record.timestamp, record.response]  # -0.0 equals 0.0
+    if record.rejected:  # appended, so that digests of earlier versions stand
+        fields.append(record.rejected)
     return hashlib.sha256(json.dumps(fields).encode()).digest()

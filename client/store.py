@@ -14,7 +14,15 @@ from shared.errors import DataError, StoreError
 
 PREFIX = "records/"
 
-_TYPES: dict[str, type] = {"text": str, "target": float, "item": str, "timestamp": int, "response": str}
+_TYPES: dict[str, type] = {
+    "text": str,
+    "target": float,
+    "item": str,
+    "timestamp": int,
+    "response": str,
+    "rejected": str,
+}
+_LATER = "rejected"  # is written where there is one: records of earlier versions have none
 
 
 class RecordStore:
@@ -81,7 +89,8 @@ def _problem(record: object) -> str | None:
 
 
 def _line(record: Record) -> bytes:
-    fields = {field: getattr(record, field) for field in _TYPES}  # asdict copies deeply: a third of the time of reading
+    # asdict copies deeply: a third of the time of reading
+    fields = {field: getattr(record, field) for field in _TYPES if field != _LATER or record.rejected}
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 

@@ -22,7 +22,8 @@ from shared.errors import DataError
 from shared.features import Features, cached_features
 from shared.head import Head
 from shared.model import Base, load_base
-from shared.scoring import cross_entropy, response_scores, rmse, text_predictions
+from shared.pairs import join, joined_labels
+from shared.scoring import cross_entropy, pair_scores, response_scores, rmse, text_predictions
 from shared.tagging_metrics import score_tags
 from shared.tasks import TASKS, Labels, Scores, Targets
 
@@ -135,6 +136,11 @@ class Examiner:
 
 
 def _check_records(holdout: Holdout, scenario: Scenario) -> None:
+    if scenario.task.name == "preference" and not all(r.response and r.rejected for r in holdout.records):
+        raise DataError(
+            f"a hold-out for task 'preference' must have response and rejected in every record, {holdout.source} has "
+            "not."
+        )
     if scenario.task.name == "generation" and not all(record.response for record in holdout.records):
         raise DataError(
             f"a hold-out for task 'generation' must have a response in every record, {holdout.source} has not."
@@ -160,6 +166,10 @@ def _encode(base: Base, records: Sequence[Record], scenario: Scenario, *, cache:
     encoded = TASKS[scenario.task.name](base, [record.key for record in records], scenario)
     blocks = base.head_blocks(scenario.model.head_blocks)
     features = cached_features(base, encoded.token_ids, head_blocks=blocks, cache=cache, quiet=True)
+    if encoded.rejected is not None:
+        rejected = cached_features(base, encoded.rejected.token_ids, head_blocks=blocks, cache=cache, quiet=True)
+        micro_batch = scenario.performance.micro_batch
+        return join(base, features, rejected, joined_labels(encoded), blocks=blocks, micro_batch=micro_batch)
     if encoded.labels is not None:
         return features, Labels(encoded.labels)
     return features, Scores([record.target for record in records])
@@ -196,6 +206,16 @@ def _score_responses(
     return scores.perplexity, {"token_accuracy": float(scores.hits.sum() / scores.tokens.sum())}
 
 
+def _score_pairs(
+    head: Any, arrays: Arrays, features: Features, targets: Targets, scenario: Scenario
+) -> tuple[float, Mapping[str, float]]:
+    """Mean loss of DPO; how often the chosen answer gained on the other, and by how much."""
+    load_shared(head, arrays)
+    scores = pair_scores(head, features, targets, micro_batch=scenario.performance.micro_batch)
+    others = {"accuracy": float(np.mean(scores.right)), "reward_margin": float(np.mean(scores.reward))}
+    return float(np.mean(scores.losses)), others
+
+
 def _score_liked(
     head: Any, arrays: Arrays, features: Features, targets: Targets, scenario: Scenario
 ) -> tuple[float, Mapping[str, float]]:
@@ -205,12 +225,19 @@ def _score_liked(
     return float(np.mean(head.log_sum() - scores[wanted >= scenario.task.liked])), {}
 
 
-_METRIC = {"rating": "rmse", "tagging": "cross_entropy", "ranking": "cross_entropy", "generation": "perplexity"}
+_METRIC = {
+    "rating": "rmse",
+    "tagging": "cross_entropy",
+    "ranking": "cross_entropy",
+    "generation": "perplexity",
+    "preference": "dpo_loss",
+}
 _SCORERS: dict[str, Callable[[Head, Arrays, Features, Targets, Scenario], tuple[float, Mapping[str, float]]]] = {
     "rating": _score_ratings,
     "tagging": _score_labels,
     "ranking": _score_liked,
     "generation": _score_responses,
+    "preference": _score_pairs,
 }
 
 

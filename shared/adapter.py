@@ -157,7 +157,7 @@ def make_start(head: Head, public: Features, *, ridge: float, seed: int) -> Arra
     """Compute the campaign's public start: whitening and kernel of public texts, LoRA A of a public seed, else zeros.
 
     Personas, a user's factors and an output that stays frozen start at random: equal personas would never part, and
-    below an output of zero nothing learns.
+    below an output of zero nothing learns. Soft tokens start as hidden states of drawn words.
 
     Args:
         head: A fresh head; left with the start loaded.
@@ -168,7 +168,6 @@ def make_start(head: Head, public: Features, *, ridge: float, seed: int) -> Arra
     Raises:
         ScenarioError: Too few public texts for this head.
     """
-    head.whiten(public, ridge=ridge)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in _named(head, "start").items():
@@ -178,6 +177,8 @@ def make_start(head: Head, public: Features, *, ridge: float, seed: int) -> Arra
                 parameter.copy_(drawn)
             elif spread:
                 parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+    head.start_prompt(generator)
+    head.whiten(public, ridge=ridge)  # last: soft tokens move what it reads
     return read_start(head)
 
 

@@ -5,7 +5,7 @@ import math
 
 from shared.accounting import calibrate_distributed, calibrate_noise
 from shared.adapter import Arrays, Slot
-from shared.compatible import check_compatible, choices, extensions, priced_choice
+from shared.compatible import check_compatible, check_prompt, choices, extensions, priced_choice
 from shared.config import PrivacyConfig, Scenario
 from shared.errors import PrivacyError
 from shared.lora import trained_parts
@@ -58,6 +58,7 @@ def make_policy(
     """
     privacy, federation, training = scenario.privacy, scenario.federation, scenario.training
     check_compatible(choices(scenario))
+    check_prompt(scenario, choices(scenario))
     cohort_size = clients if federation.cohort_size == "all" else federation.cohort_size
     if cohort_size > clients:
         raise PrivacyError(f"federation.cohort_size must be at most the {clients} clients, got {cohort_size}.")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from shared.adapter import Arrays, trained_slots
-from shared.compatible import check_compatible, check_extensions, check_family, choices, priced_choice
+from shared.compatible import check_compatible, check_extensions, check_family, check_prompt, choices, priced_choice
 from shared.config import Scenario, load_scenario
 from shared.errors import CampaignError, PrivacyError
 from shared.head import Head, make_head
@@ -103,6 +103,7 @@ def certify(campaign: Campaign) -> None:
     """
     check_price(campaign.policy)
     check_compatible(choices(campaign.policy))
+    check_prompt(campaign.scenario, choices(campaign.policy))
     cost = campaign.scenario.persona.epsilon if priced_choice(campaign.scenario) else None
     if campaign.policy.choice_epsilon != cost:
         raise PrivacyError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shared.config import PERSONAL_NAMES, Scenario
 from shared.datasets import READERS
-from shared.errors import CampaignError, PrivacyError
+from shared.errors import CampaignError, PrivacyError, ScenarioError
 from shared.lora import FEDERATION_METHODS, TECHNIQUES
 from shared.registry import KINDS, check_name, extension, lookup
 
@@ -69,6 +69,35 @@ def check_compatible(chosen: Choices) -> None:
             f"personal.method = {chosen.personal_method!r} with federation.method = {chosen.federation_method!r} and "
             f"adapter.technique = {chosen.technique!r} is not private at unit {chosen.unit!r}; allowed personal "
             f"methods here: {list(PERSONAL_NAMES)}, or one that declares read_by_shared_step = False."
+        )
+
+
+def check_prompt(scenario: Scenario, chosen: Choices) -> None:
+    """Rule P7 for what stands before prompts: in training it puts one record, or what is stated, into many examples.
+
+    Args:
+        scenario: Of the campaign.
+        chosen: Unit and trust that count: a device's are those of the policy.
+
+    Raises:
+        ScenarioError: The task has no prompts, or an attack would compare unlike ones.
+        PrivacyError: Records are to be protected, and the shared step would read such prompts.
+    """
+    prompt = scenario.prompt
+    if not prompt.used:
+        return
+    if scenario.task.name != "generation":
+        raise ScenarioError(f"[prompt] is for task.name = 'generation', got {scenario.task.name!r}; drop it.")
+    if prompt.training and chosen.trust != "none" and chosen.unit != "user":
+        raise PrivacyError(
+            f"prompt.training must be false at privacy.unit = {chosen.unit!r}, got true: one record would stand in "
+            "many examples, and no noise for one covers it. Set privacy.unit = 'user', or false: profiles are then for "
+            "prediction alone."
+        )
+    if prompt.training and scenario.attack.held_out:
+        raise ScenarioError(
+            "attack.membership must be false where prompt.training is true: held-out records stand before no prompt, "
+            "and would be told by that alone."
         )
 
 

@@ -55,7 +55,9 @@ PERSONAL_NAMES = (
 FederationMethodName = Annotated[str, _named("federation_methods", *FEDERATION_NAMES, setting="federation.method")]
 PersonalMethodName = Annotated[str, _named("personal_methods", *PERSONAL_NAMES, setting="personal.method")]
 FormatName = Annotated[str, _named("readers", *READERS, setting="data.format")]
-TechniqueName = Annotated[str, _named("techniques", "lora", setting="adapter.technique")]
+TechniqueName = Annotated[str, _named("techniques", "lora", "prompt-tuning", setting="adapter.technique")]
+JUDGE_NAMES = ("rouge-l", "meteor", "bertscore")
+JudgeName = Annotated[str, _named("judges", *JUDGE_NAMES, setting="evaluation.judge")]
 MetricName = Annotated[str, _named("metrics", *METRICS, setting="evaluation.metrics")]
 
 
@@ -71,15 +73,18 @@ class DataConfig(Settings):
     format: FormatName = "movielens-100k"
     source: str = "asset:ml-100k"  # asset:NAME, or a folder that holds the published files
     columns: dict[str, str] = {}  # format jsonl, csv, parquet: field of a record, or "user" -> column of the files
+    shuffled: bool = False  # negative control: the records of all users are dealt out anew, as many to each
     min_records: Count = 1  # users with fewer are left out, as publishers of data sets do
     users: Literal["all", "tuning", "campaign"] = "all"  # tuning: for choosing constants; campaign: all others
     tuning_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of the users, by a public hash of their ids
 
 
 class TaskConfig(Settings):
-    """What is predicted from a text: a rating on a public scale, a public tag, whether it is liked, or an answer."""
+    """What is predicted from a text: a rating on a public scale, a public tag, whether it is liked, an answer, or which
+    of two answers a user likes better.
+    """
 
-    name: Literal["rating", "tagging", "ranking", "generation"] = "rating"
+    name: Literal["rating", "tagging", "ranking", "generation", "preference"] = "rating"
     low: FiniteFloat = 1.0  # of a rating; predictions are clipped to the scale
     high: FiniteFloat = 5.0
     labels: tuple[str, ...] = ()  # tagging: every tag there is, public; a record's target is its place in this list
@@ -87,6 +92,7 @@ class TaskConfig(Settings):
     negatives: Count = 100  # ranking: texts from the catalogue that a held-out one is ranked among
     held_out: Literal["next", "last", "drawn"] = "next"  # ranking: which of a user's liked held-out records is asked
     template: str = "{text}"  # of a prompt to a language model; the response follows it
+    beta: Positive = 0.1  # preference: how much the log-probabilities' distance from the base's own counts, in DPO
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -129,6 +135,7 @@ class AdapterConfig(Settings):
     kernel_widths: tuple[KernelWidth, ...] = (0.3, 0.02)  # of 1 - cosine: for similar texts, and for the very text
     kernel_weights: tuple[Positive, ...] = (0.5, 0.5)  # one a width; their sum bounds a text's squared norm
     kernel_scale: Positive = 1.0  # size of the kernel features beside the others
+    prompt_tokens: NaturalCount = 0  # soft tokens before the text, at the head's first block; with LoRA or alone
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -198,6 +205,33 @@ class PersonalConfig(Settings):
     retriever: Literal["dense", "bm25", "recency"] = "dense"  # retrieval: by the local encoder, by words, or the newest
     temperature: Positive = 0.1  # retrieval, feddpa: of similarities; small ones count the nearest record alone
     dimensions: Count = 8  # user-embedding: of a user's vector
+
+
+class PromptConfig(Settings):
+    """What of a user's own stands before a prompt to a language model; put together on the device, never uploaded.
+
+    In training it would put one record into many examples (rule P7), so that no noise for a record covers it: there it
+    is allowed at unit user alone.
+    """
+
+    records: Annotated[int, Field(ge=0, le=64)] = 0  # of the user's own, those the retriever finds for the text
+    retriever: Literal["dense", "bm25", "recency"] = "bm25"
+    encoder: str = "asset:all-MiniLM-L6-v2"  # dense: what embeds texts, a base in the hub's layout
+    entry: str = "{text} {response}"  # how one is put, a line each
+    words: Count = 40  # of a text or a response in an entry; the rest is left away
+    declared: tuple[str, ...] = ()  # attributes of the user's profile that stand first
+    training: bool = False  # in the rounds too, not only where a prompt is answered
+
+    @model_validator(mode="after")
+    def _shows(self) -> Self:
+        if not any(place in self.entry for place in ("{text}", "{response}")):
+            raise ValueError(f"prompt.entry must hold {{text}} or {{response}}, got {self.entry!r}.")
+        return self
+
+    @property
+    def used(self) -> bool:
+        """Whether anything stands before a prompt."""
+        return bool(self.records or self.declared)
 
 
 class PersonaConfig(Settings):
@@ -278,7 +312,17 @@ class EvaluationConfig(Settings):
     bootstrap_resamples: Count = 2000
     cold_start: tuple[NaturalCount, ...] = (0, 1, 2, 5, 10, 20, 50)  # own records a user is scored with
     groups: tuple[str, ...] = ()  # attributes of profiles that users opted in to be compared by
+    candidates: NaturalCount = 0  # generation: answers among which a dialogue's next one is to be found; ConvAI2 has 20
+    answers: NaturalCount = 0  # generation: test prompts of each user that are answered, and the answers compared
+    answer_tokens: Count = 48  # the longest answer
+    judge: JudgeName = "rouge-l"  # which of two answers is better, for win rates
     metrics: tuple[MetricName, ...] = ()  # of installed packages, beside the built-in ones
+
+    @model_validator(mode="after")
+    def _tells_apart(self) -> Self:
+        if self.candidates == 1:
+            raise ValueError("evaluation.candidates must be 0 or at least 2, got 1: it would always be found.")
+        return self
 
 
 class AttackConfig(Settings):
@@ -321,6 +365,7 @@ class Scenario(Settings):
     privacy: PrivacyConfig = PrivacyConfig()
     personal: PersonalConfig = PersonalConfig()
     persona: PersonaConfig = PersonaConfig()
+    prompt: PromptConfig = PromptConfig()
     linear: LinearConfig = LinearConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     export: ExportConfig = ExportConfig()
@@ -340,6 +385,8 @@ class Scenario(Settings):
         changed: dict[str, dict[str, Any]] = {"model": {"head_blocks": 0}}
         if adapter.kernel_features:
             changed["adapter"] = {"kernel_features": 0, "whitened_features": adapter.whitened_features or "all"}
+        if adapter.prompt_tokens:  # which have no place below the blocks
+            changed.setdefault("adapter", {}).update(prompt_tokens=0, technique="lora")
         for field, table in _LINEAR_FIELDS.items():
             value = getattr(self.linear, field)
             if value is not None:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import PromptEmbedding
 from torch import Tensor, nn
 
 from shared.config import Scenario
 from shared.errors import ScenarioError
 from shared.features import Features
 from shared.kernel import Kernel
-from shared.lora import TERMS, inject, part_of, trained_parts
+from shared.lora import PROMPT, TERMS, inject, part_of, soft_tokens, trained_parts
 from shared.model import Base
 from shared.tasks import IGNORE
 
@@ -24,11 +25,16 @@ _NO_KERNEL = np.zeros(0, dtype=np.float32)
 _FROZEN_OUTPUT = 0.5  # spread of predictions, about the centre, of an output that stays at its public start
 FACTOR_SPREAD = 0.3  # of what a user's vector reads of the public texts, at the start
 _LARGEST_FACTOR = 8.0  # entry of that start: devices refuse shared values that are twice as large
+_SMALLEST_SCALE = 1e-6  # of a soft token's coordinate, so that none is divided by zero
+_DRAWN_WORDS = 64  # at least, whose hidden states tell how large soft tokens are
 _CHUNK_TOKENS = 128  # whose logits are in memory at once: 25 MB each for a vocabulary of 50,000
 
 
 class Head(nn.Module):
     """Copies of the base's top blocks with the adapter on them; a task's head adds its output.
+
+    Soft tokens, where the scenario asks for any, stand before every text at the input of the first block, take the
+    first positions and are seen by all that follows; nothing is read off them.
 
     Args:
         base: The frozen base; its top blocks are copied, so heads never share state with it or with each other.
@@ -51,11 +57,32 @@ class Head(nn.Module):
             )
         top = list(base.family.blocks(base.model))[self.first_block :]
         self.blocks = nn.ModuleList(copy.deepcopy(block) for block in top)
+        self.prompt: PromptEmbedding | None = None
+        if scenario.adapter.prompt_tokens or scenario.adapter.technique == "prompt-tuning":
+            self._check_room(scenario, blocks=count)
         if count:
             inject(self.blocks, scenario.adapter)
+        if scenario.adapter.prompt_tokens:
+            self.prompt = soft_tokens(scenario.adapter.prompt_tokens, base.hidden_size)
+            self.prompt_scale = nn.Parameter(torch.ones(base.hidden_size))  # public, never trained
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # so that training and evaluation, here and on the exported graph, are one function
+
+    def _check_room(self, scenario: Scenario, *, blocks: int) -> None:
+        """Raise ScenarioError unless soft tokens have a block to enter, and positions beside the text's."""
+        (base,) = self.base
+        if not blocks >= 1:
+            raise ScenarioError(
+                f"model.head_blocks must be at least 1 with soft tokens (adapter.prompt_tokens), got {blocks}: they "
+                "stand before the text at the head's first block."
+            )
+        tokens = scenario.model.max_tokens + scenario.adapter.prompt_tokens
+        if not tokens <= base.positions:
+            raise ScenarioError(
+                f"model.max_tokens and adapter.prompt_tokens must together be at most the {base.positions} positions "
+                f"of the base, got {tokens}."
+            )
 
     def _train_only(self, scenario: Scenario) -> None:
         """Mark what the scenario's methods train, and what of it never leaves; everything else is frozen."""
@@ -63,7 +90,9 @@ class Head(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(part_of(name) in {*self.trained.shared, *self.trained.private})
         found = {part_of(name) for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing = sorted((self.trained.shared | set(self.trained.private)) & set(TERMS) - found)
+        missing = sorted((self.trained.shared | set(self.trained.private)) & {*TERMS, PROMPT} - found)
+        if self.trained.private and not found & set(self.trained.private):
+            missing = sorted(self.trained.private)
         if missing:
             raise ScenarioError(
                 f"federation.method = {scenario.federation.method!r} with personal.method = "
@@ -85,9 +114,44 @@ class Head(nn.Module):
     def run_blocks(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Backbone outputs (B, T, d) with mask (B, T) -> output of the last block (B, T, d)."""
         (base,) = self.base
+        length = hidden.shape[1]
+        if self.prompt is not None:
+            soft = self.soft_states(len(hidden))
+            hidden = torch.cat([soft, hidden], dim=1)  # (B, P + T, d)
+            mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], dim=1)
         for block in self.blocks:
             hidden = base.family.run(base.model, block, hidden, mask)
-        return hidden
+        return hidden[:, hidden.shape[1] - length :]
+
+    def soft_states(self, texts: int) -> Tensor:
+        """The soft tokens before so many texts, (texts, P, d): one lookup a text, for its own gradient."""
+        if self.prompt is None:
+            raise ScenarioError("adapter.prompt_tokens must be at least 1 for soft tokens, got 0.")
+        rows = torch.arange(self.prompt.embedding.num_embeddings, device=self.device).expand(texts, -1)
+        states: Tensor = self.prompt(rows) * self.prompt_scale
+        return states
+
+    @torch.no_grad()
+    def start_prompt(self, generator: torch.Generator) -> None:
+        """Let soft tokens, where there are any, begin as hidden states of drawn words at the head's first block.
+
+        What is trained is in units of their root mean square in each coordinate, for hidden states grow from block to
+        block, some of them a thousandfold; one learning rate and one bound then suit every cut. The first word is left
+        out: models put their largest values there.
+
+        Source:
+            Lester et al. 2021, arXiv:2104.08691, section 3.1 (sampled vocabulary), where the first block is the base's.
+        """
+        if self.prompt is None:
+            return
+        (base,) = self.base
+        count = self.prompt.embedding.num_embeddings
+        length = min(1 + max(count, _DRAWN_WORDS), base.positions)
+        drawn = torch.randint(base.tokenizer.get_vocab_size(), (1, length), generator=generator).to(base.device)
+        mask = torch.ones_like(drawn, dtype=torch.bool)
+        hidden = base.backbone(drawn, mask, head_blocks=len(self.blocks))[0, 1:]  # (length - 1, d)
+        self.prompt_scale.copy_(hidden.square().mean(0).sqrt().clamp(min=_SMALLEST_SCALE))
+        self.prompt.embedding.weight.copy_(hidden[:count] / self.prompt_scale)
 
     def whiten(self, public: Features, *, ridge: float) -> None:
         """Fit what the head derives from public texts."""

@@ -1,6 +1,7 @@
 """The head of every task, by its name."""
 
 from shared.head import CausalHead, Head, RatingHead
+from shared.preference_head import PreferenceHead
 from shared.ranking_head import RankingHead
 from shared.tagging_head import TaggingHead
 
@@ -9,4 +10,5 @@ HEADS: dict[str, type[Head]] = {
     "tagging": TaggingHead,
     "ranking": RankingHead,
     "generation": CausalHead,
+    "preference": PreferenceHead,
 }

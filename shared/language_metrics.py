@@ -1,6 +1,6 @@
 """Score predicted responses by their tokens, with intervals from the same bootstrap over users as ratings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,12 @@ LANGUAGE_METRICS: Mapping[str, Described] = {
     "worst_decile": Described("mean of the users' nll over the worst tenth of users"),
     "share_gaining": Described("share of users whose nll is below that of the row local", better="more"),
 }
+NEXT_UTTERANCE: Mapping[str, Described] = {  # where evaluation.candidates asks for it
+    "hits@1": Described(
+        "share of test responses whose tokens' mean log-likelihood is above that of every other candidate, pooled",
+        better="more",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,22 @@ class TokenScores:
         nll: Sum of the negative log-likelihood of a response's tokens, its end included, in nats.
         tokens: How many they are, at least 1.
         hits: How many of them were the likeliest token.
+        told: 1 where the response was told from the candidates, 0 where not; None where there were none.
     """
 
     nll: Floats
     tokens: Floats
     hits: Floats
+    told: Floats | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
+        """The same of several lists, one after the other."""
+        told = [part.told for part in parts if part.told is not None]
+        nll, tokens, hits = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("nll", "tokens", "hits")
+        )
+        return cls(nll, tokens, hits, np.concatenate(told) if told else None)
 
     @property
     def perplexity(self) -> float:
@@ -48,7 +65,7 @@ class TokenScores:
 def score_tokens(
     scores: TokenScores, users: np.ndarray, *, reference: TokenScores, seed: int, resamples: int
 ) -> dict[str, Interval]:
-    """Every metric of ``LANGUAGE_METRICS`` with its interval.
+    """Every metric of ``LANGUAGE_METRICS`` with its interval, and of ``NEXT_UTTERANCE`` where there were candidates.
 
     Args:
         scores: Of the row.
@@ -77,6 +94,10 @@ def score_tokens(
         "worst_decile": lambda draws: worst_decile(per_user, draws),
         "share_gaining": over_users(per_user < theirs / their_tokens),
     }
+    if scores.told is not None:
+        index = np.unique(users, return_inverse=True)[1]
+        told, asked = np.bincount(index, scores.told), np.bincount(index)
+        statistics["hits@1"] = lambda draws: draws @ told / (draws @ asked)
     draws = draw_users(len(nll), seed=seed, resamples=resamples)
     return {name: interval(statistic, draws) for name, statistic in statistics.items()}
 

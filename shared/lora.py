@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PromptEmbedding, PromptTuningConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -12,7 +13,8 @@ from shared.errors import ScenarioError
 from shared.registry import check_name, lookup
 
 TERMS = ("persona", "factors", "user", "offset")  # of a head with one output, beside the output itself
-PARTS = ("lora_A", "lora_B", "output", *TERMS)
+PROMPT = "prompt"  # soft tokens: trained with every federation method, in all of its turns, where a head has any
+PARTS = ("lora_A", "lora_B", "output", PROMPT, *TERMS)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,11 @@ def trained_parts(scenario: Scenario) -> Trained:
     method = lookup("federation_methods", federation, FEDERATION_METHODS, FederationMethod)
     kept, frozen = _declared("private", personal, PRIVATE_PARTS), _declared("frozen", personal, FROZEN_PARTS)
     apart = {*kept, *frozen}
-    more = (*(_EMBEDDING if "offset" in kept else ()), *(("persona",) if scenario.persona.count else ()))
+    more = (
+        *(_EMBEDDING if "offset" in kept else ()),
+        *(("persona",) if scenario.persona.count else ()),
+        *((PROMPT,) if scenario.adapter.prompt_tokens else ()),
+    )
     turns = [
         tuple(part for part in dict.fromkeys((*turn, *more)) if part not in apart)
         for turn in method.turns or (method.parts,)
@@ -141,13 +147,13 @@ def inject(blocks: nn.ModuleList, adapter: AdapterConfig) -> None:
 
     Raises:
         ScenarioError: The technique adds parameters that are not LoRA factors, which have no way to the wire or the
-            exported head.
+            exported head; or there is nothing to train, neither these nor soft tokens.
     """
     before = {id(parameter) for parameter in blocks.parameters()}
     lookup("techniques", adapter.technique, TECHNIQUES, Callable)(blocks, adapter)
     added = {name: p for name, p in blocks.named_parameters() if id(p) not in before}
     strange = sorted(name for name in added if not name.endswith(("lora_A.default.weight", "lora_B.default.weight")))
-    if strange or not added:
+    if strange or not (added or adapter.prompt_tokens):
         raise ScenarioError(
             f"technique {adapter.technique!r} must add peft's LoRA layers and nothing else, got {strange or 'none'}."
         )
@@ -174,4 +180,30 @@ def inject_lora(blocks: nn.ModuleList, adapter: AdapterConfig) -> None:
             module.scaling["default"] = adapter.scaling
 
 
-TECHNIQUES: dict[str, Callable[[nn.ModuleList, AdapterConfig], None]] = {"lora": inject_lora}
+def leave_blocks(blocks: nn.ModuleList, adapter: AdapterConfig) -> None:
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): soft tokens before the text, and frozen blocks."""
+    del blocks
+    if not adapter.prompt_tokens >= 1:
+        raise ScenarioError(
+            f"adapter.prompt_tokens must be at least 1 with adapter.technique = 'prompt-tuning', got "
+            f"{adapter.prompt_tokens}; 10 is a common choice."
+        )
+
+
+def soft_tokens(count: int, width: int) -> PromptEmbedding:
+    """So many soft tokens (count, width), zero until the public start is drawn."""
+    make: Any = PromptEmbedding  # which has no types
+    prompt: PromptEmbedding = make(
+        PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=count, token_dim=width, num_transformer_submodules=1
+        ),
+        None,  # the embeddings of words, which peft's own ways to start would read
+    )
+    nn.init.zeros_(prompt.embedding.weight)
+    return prompt
+
+
+TECHNIQUES: dict[str, Callable[[nn.ModuleList, AdapterConfig], None]] = {
+    "lora": inject_lora,
+    "prompt-tuning": leave_blocks,
+}

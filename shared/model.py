@@ -43,7 +43,9 @@ class Family(Protocol):
     def run(self, model: nn.Module, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
         """One block: hidden (B, T, d) and mask (B, T), True at real tokens -> hidden (B, T, d).
 
-        ``block`` may be a copy of one of the model's; padding stands on the right.
+        ``block`` may be a copy of one of the model's; padding stands on the right. A mask of whole numbers says that a
+        row holds several texts one after the other: 0 is padding, equal numbers are one text, which sees nothing of the
+        others and whose positions begin at 0. A family without a vocabulary need not know of it.
         """
 
     def finish(self, model: nn.Module, hidden: Tensor) -> Tensor:
@@ -102,10 +104,14 @@ class LlamaFamily:
 
     def run(self, model: nn.Module, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:  # noqa: D102
         length = hidden.shape[1]
-        positions = torch.arange(length, device=hidden.device)[None]  # (1, T)
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-        # A padded query sees the first token at least: a row without any key would be NaN.
-        visible = causal[None, None] & mask[:, None, None, :]  # (B, 1, T, T)
+        if mask.dtype == torch.bool:
+            positions = torch.arange(length, device=hidden.device)[None]  # (1, T)
+            # A padded query sees the first token at least: a row without any key would be NaN.
+            visible = causal[None, None] & mask[:, None, None, :]  # (B, 1, T, T)
+        else:
+            visible = (causal & (mask[:, :, None] == mask[:, None, :]))[:, None]  # padding sees itself
+            positions = visible.sum(3)[:, 0] - 1  # (B, T)
         rotary = model.model.rotary_emb(hidden, positions)  # type: ignore[union-attr, operator]
         out: Tensor = block(hidden, attention_mask=visible, position_ids=positions, position_embeddings=rotary)
         return out

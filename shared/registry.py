@@ -23,6 +23,7 @@ KINDS = {
     "families": "model family",
     "readers": "data format",
     "metrics": "metric",
+    "judges": "judge",
 }
 BUILT_IN = "built-in"
 _T = TypeVar("_T")

@@ -8,6 +8,8 @@ from shared.adapter import Arrays, forget_device, load_shared
 from shared.features import Features, micro_batches
 from shared.head import CausalHead, RatingHead, pooled_features
 from shared.language_metrics import TokenScores
+from shared.preference_head import PreferenceHead
+from shared.preference_metrics import PairScores
 from shared.tagging_head import TaggingHead
 from shared.tasks import Targets
 
@@ -62,3 +64,14 @@ def response_scores(head: CausalHead, features: Features, targets: Targets, *, m
         np.add.at(hits, rows[owner.numpy()], right.numpy())
         np.add.at(tokens, rows[owner.numpy()], 1.0)
     return TokenScores(nll, tokens, hits)
+
+
+def pair_scores(head: PreferenceHead, features: Features, targets: Targets, *, micro_batch: int) -> PairScores:
+    """Margins of every pair at the head's present parameters, in the order of the records; as ``response_scores``."""
+    margin, reference = np.zeros(len(features)), np.zeros(len(features))
+    for rows in micro_batches(np.arange(len(features)), features.lengths, micro_batch):
+        hidden, mask = features.batch(rows)
+        wanted = targets.batch(rows, hidden.shape[1])
+        found = head.pair_margins(hidden.to(head.device), mask.to(head.device), wanted.to(head.device))
+        margin[rows], reference[rows] = (each.double().cpu().numpy() for each in found)
+    return PairScores(margin, reference, head.beta)

@@ -1,7 +1,7 @@
 """What a record asks: its tokens for the base, and the targets its loss is measured against."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -58,18 +58,22 @@ class Labels:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Distinct inputs as the base sees them: token ids, and labels of the same lengths where tokens are predicted."""
+    """Distinct inputs as the base sees them: token ids, and labels of the same lengths where tokens are predicted.
+
+    Where two answers are compared, these are of the chosen one and ``rejected`` is as much of the other.
+    """
 
     token_ids: list[list[int]]
     labels: list[np.ndarray] | None
+    rejected: "Encoded | None" = None
 
 
-Key = tuple[str, str]  # text and response: records that share them share their hidden states
+Key = tuple[str, ...]  # of a record, ``Record.key``: those that share it share their hidden states
 
 
 def encode_texts(base: Base, keys: Sequence[Key], scenario: Scenario) -> Encoded:
     """Token ids of the texts alone."""
-    return Encoded(base.tokenize([text for text, _ in keys], max_tokens=scenario.model.max_tokens), None)
+    return Encoded(base.tokenize([text for text, *_ in keys], max_tokens=scenario.model.max_tokens), None)
 
 
 def encode_dialogues(base: Base, keys: Sequence[Key], scenario: Scenario) -> Encoded:
@@ -81,22 +85,41 @@ def encode_dialogues(base: Base, keys: Sequence[Key], scenario: Scenario) -> Enc
     Raises:
         ScenarioError: The base's files name no token that ends a text.
     """
+    found = [_answered(base, scenario, text, [answer])[0] for text, answer, *_ in keys]
+    return Encoded([ids for ids, _ in found], [labels for _, labels in found])
+
+
+def encode_pairs(base: Base, keys: Sequence[Key], scenario: Scenario) -> Encoded:
+    """As ``encode_dialogues`` for both answers of each key, after a prompt that is cut alike for both.
+
+    Raises:
+        ScenarioError: A key has a response and nothing that was rejected, or the base names no end of a text.
+    """
+    if any(answer and not rejected for _, answer, *rejected in keys):
+        raise ScenarioError(
+            f"task.name = {scenario.task.name!r} needs a rejected answer beside every response, a record has none; "
+            "choose data of comparisons."
+        )
+    both = [_answered(base, scenario, text, [answer, *(rejected or [""])]) for text, answer, *rejected in keys]
+    chosen, others = (Encoded([each[i][0] for each in both], [each[i][1] for each in both]) for i in range(2))
+    return replace(chosen, rejected=others)
+
+
+def _answered(base: Base, scenario: Scenario, text: str, answers: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+    """Token ids and labels of one prompt with each of its answers, which share what is left of the prompt."""
     if base.eos_id is None:
         raise ScenarioError(f"{base.folder}/config.json must name eos_token_id for task {scenario.task.name!r}.")
     before, _, after = scenario.task.template.partition("{text}")
     room = scenario.model.max_tokens
-    ids, labels = [], []
-    kept = len(_encode(base, before))
-    for text, answer in keys:
-        response = [*_encode(base, answer)[: room // 2 - 1], base.eos_id]
-        prompt = _encode(base, before + text + after)
-        excess = max(0, len(prompt) + len(response) - room - 1)
-        prompt = prompt[:kept] + prompt[kept + excess :] if excess else prompt
-        whole = prompt + response
-        ids.append(whole[:-1])
-        shifted = [IGNORE] * len(prompt) + response
-        labels.append(np.array(shifted[1:], dtype=np.int64))  # without a prompt nothing predicts the first token
-    return Encoded(ids, labels)
+    responses = [[*_encode(base, answer)[: room // 2 - 1], base.eos_id] for answer in answers]
+    kept, prompt = len(_encode(base, before)), _encode(base, before + text + after)
+    excess = max(0, len(prompt) + max(map(len, responses)) - room - 1)
+    prompt = prompt[:kept] + prompt[kept + excess :] if excess else prompt
+    # without a prompt nothing predicts the first token
+    return [
+        ([*prompt, *response][:-1], np.array([*[IGNORE] * len(prompt), *response][1:], dtype=np.int64))
+        for response in responses
+    ]
 
 
 def _encode(base: Base, text: str) -> list[int]:
@@ -106,7 +129,13 @@ def _encode(base: Base, text: str) -> list[int]:
     return ids
 
 
-TASKS = {"rating": encode_texts, "tagging": encode_texts, "ranking": encode_texts, "generation": encode_dialogues}
+TASKS = {
+    "rating": encode_texts,
+    "tagging": encode_texts,
+    "ranking": encode_texts,
+    "generation": encode_dialogues,
+    "preference": encode_pairs,
+}
 
 
 def teaches(record: Record, task: TaskConfig) -> bool:

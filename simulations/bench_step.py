@@ -125,14 +125,14 @@ def _with(scenario: Scenario, *, blocks: int, trust: str) -> Scenario:
     return scenario.model_copy(update={"model": model, "privacy": privacy})
 
 
-class _Silent:
+class Silent:
     """No noise and every record, so that answers can be compared."""
 
-    def bernoulli(self, probability: float, count: int) -> np.ndarray:
+    def bernoulli(self, probability: float, count: int) -> np.ndarray:  # noqa: D102
         del probability
         return np.ones(count, dtype=bool)
 
-    def gaussian_integers(self, count: int, *, log2_sigma: int = 24) -> np.ndarray:
+    def gaussian_integers(self, count: int, *, log2_sigma: int = 24) -> np.ndarray:  # noqa: D102
         del log2_sigma
         return np.zeros(count, dtype=np.int64)
 
@@ -260,31 +260,31 @@ def _plain_step(
 def compare_answers(scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Record, ...]) -> dict[str, float]:
     """Relative distance of answers that must agree, without noise: ours and Opacus', ours with and without privacy."""
     everything = _Prepared(
-        _with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, randomness=_Silent()
+        _with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, randomness=Silent()
     )
     ours = everything.train(make_trainable(everything.head, everything.policy), steps=1)
     again = _Prepared(
-        _with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, randomness=_Silent()
+        _with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, randomness=Silent()
     )
     _plain_step(again, base, records, noise_multiplier=0.0)()
     plain = {name: after - again.start[name] for name, after in read_shared(again.head).items()}
     loose = scenario.model_copy(update={"privacy": scenario.privacy.model_copy(update={"clip_norm": 10.0})})
     updates = []
     for trust in ("local", "none"):
-        prepared = _Prepared(_with(loose, blocks=1, trust=trust), base, dataset, records, randomness=_Silent())
+        prepared = _Prepared(_with(loose, blocks=1, trust=trust), base, dataset, records, randomness=Silent())
         load_start(prepared.head, prepared.public_start)
         updates.append(prepared.train(make_trainable(prepared.head, prepared.policy), steps=1))
     found = {
-        "ours_all_layers_and_opacus": _distance(ours, plain),
-        "clipped_beyond_reach_and_nonprivate": _distance(*updates),
+        "ours_all_layers_and_opacus": distance(ours, plain),
+        "clipped_beyond_reach_and_nonprivate": distance(*updates),
     }
-    for name, distance in found.items():
-        if not distance <= _TOLERANCE:
-            raise CampaignError(f"{name} must agree to {_TOLERANCE}, they differ by {distance:.1e}.")
+    for name, apart in found.items():
+        if not apart <= _TOLERANCE:
+            raise CampaignError(f"{name} must agree to {_TOLERANCE}, they differ by {apart:.1e}.")
     return found
 
 
-def _distance(a: Arrays, b: Arrays) -> float:
+def distance(a: Arrays, b: Arrays) -> float:
     """Relative L2 distance of two updates."""
     x, y = (np.concatenate([update[name].ravel() for name in sorted(update)]).astype(np.float64) for update in (a, b))
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))

@@ -12,8 +12,10 @@ from typing import Any, Self
 import numpy as np
 
 from client.artifact import MIN_PROBES
+from client.device import kept_rounds
 from client.personalize import check_export, check_task
 from client.site import TextFeatures, open_site
+from client.soft_prompt import check_soft_export
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
 from shared import wire
@@ -183,7 +185,9 @@ def exported_users(scenario: Scenario, dataset: Dataset) -> list[int]:
     wanted = scenario.export.users
     if wanted:
         check_export(scenario.personal.method)
-    texts = {r.text for user in dataset.users for r in user.train} | set(dataset.public_texts)
+        check_soft_export(scenario)
+    records = (record for user in dataset.users for record in user.train)
+    texts = {r.response if r.rejected else r.text for r in records} | set(dataset.public_texts)
     if wanted and len(texts) < MIN_PROBES:
         raise ScenarioError(
             f"export.users must be 0 where the data hold fewer than {MIN_PROBES} different texts to compare a "
@@ -231,8 +235,22 @@ def open_campaign(plan: Plan, campaigns: Path) -> Opened:
             "it belongs to another scenario, base or data. Start a new run."
         )
     last = last_checkpoint(folder / "checkpoints", policy_sha256=plan.policy.sha256)
+    if last is not None:
+        _check_kept(campaign, last)
     write_resumed(folder, Resumed(last.round_number, last.participations) if last else None)
     return Opened(plan, campaign, last or start_checkpoint(campaign))
+
+
+def _check_kept(campaign: Campaign, last: Checkpoint) -> None:
+    """Raise ``CampaignError`` where a device that answered has nothing left of what it kept until a checkpoint."""
+    if not campaign.policy.private and campaign.policy.choice_epsilon is None:
+        return
+    for seat in (seat for seat, count in last.answered.items() if count):
+        if not any(kept <= last.round_number for kept in kept_rounds(campaign, seat)):
+            raise CampaignError(
+                f"{campaign.folder / 'devices' / str(seat)} must hold what the device kept by round "
+                f"{last.round_number}, where the run would go on; it is gone. Start a new run."
+            )
 
 
 class _Watch:

@@ -36,7 +36,7 @@ class ColdObserver(Observer, Protocol):
                 with fewer has all of them.
 
         Returns:
-            Count -> rows; empty where the personal method cannot be fitted so.
+            Count -> rows; empty where the task's private parts cannot be fitted so.
         """
 
 
@@ -57,7 +57,7 @@ def measure_cold_start(
 
     Guarantee:
         Every count is scored with the same users, test rows and resamples. With 0 records the row ``personal`` is
-        ``federated``, with all of them it is the row of the same name of the run.
+        ``federated``, unless users declare their persona; with all of them it is the row of the same name of the run.
     """
     counts = sorted(set(scenario.evaluation.cold_start))
     mine = [result for result in results if not result.plan.suffix]

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from client.site import resident_base, resident_dataset, use_threads
+from client.site import campaign_dataset, resident_base, use_threads
 from shared.assets import resolve
 from shared.config import Scenario
 from shared.datasets import Dataset
@@ -22,7 +22,7 @@ def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
-    dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
+    dataset = campaign_dataset(scenario)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported_users(scenario, dataset)
     check_groups(scenario, dataset)

@@ -51,7 +51,8 @@ def export_heads(
 def probe_texts(dataset: Dataset) -> list[str]:
     """Texts that torch and the exported graph are compared on: public ones first, then users'; none is written."""
     texts = dict.fromkeys(dataset.public_texts)
-    texts.update(dict.fromkeys(record.text for user in dataset.users for record in user.train))
+    records = (record for user in dataset.users for record in user.train)
+    texts.update(dict.fromkeys(r.response if r.rejected else r.text for r in records))  # pairs may share one question
     return list(texts)[:_PROBES]
 
 
@@ -63,7 +64,7 @@ def _export_encoder(
     probes = probe_texts(dataset)
     head = observer.head
     with progress(total=len(users) + 1, description="personal heads", unit="file", quiet=quiet) as bar:
-        manifest = _export_base(head, scenario, base, folder, probes)
+        manifest = export_base(head, scenario, base, folder, probes)
         bar.update(1)
         heads = []
         for user in users:
@@ -96,7 +97,7 @@ def _export_language(
     probes = [scenario.task.template.replace("{text}", text) for text in texts]
     heads = []
     with progress(total=len(users) + 1, description="personal heads", unit="file", quiet=quiet) as bar:
-        manifest = _export_base(head, scenario, base, folder, texts)
+        manifest = export_base(head, scenario, base, folder, texts)
         bar.update(1)
         for user in users:
             load_shared(head, observer.private_arrays(result.last.arrays, user))
@@ -116,8 +117,8 @@ def _export_language(
     return {"heads": heads, "heads_base": _base_entry(folder / "base", manifest)}
 
 
-def _export_base(head: Head, scenario: Scenario, base: Base, folder: Path, probes: Sequence[str]) -> dict[str, Any]:
-    """The fleet's base; in fp32, because a published result should be that of the model and not of its rounding."""
+def export_base(head: Head, scenario: Scenario, base: Base, folder: Path, probes: Sequence[str]) -> dict[str, Any]:
+    """Write the fleet's base in fp32: a published result should be that of the model and not of its rounding."""
     cache = platformdirs.user_cache_path("sottovoce") / "onnx"
     return export_fleet(base, head, scenario, folder / "base", probe_texts=probes, cache=cache)
 
@@ -141,4 +142,5 @@ EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {
     "tagging": _export_encoder,
     "ranking": _export_encoder,
     "generation": _export_language,
+    "preference": _export_language,
 }

@@ -14,6 +14,7 @@ from shared.registry import check_name
 
 _SHORT = 100  # characters of a text that are shown
 _MOST_VALUES = 8  # of an attribute that are shown
+_LONGEST_VALUE = 32  # characters of an attribute; longer ones are texts
 
 
 def inspect_data(
@@ -71,7 +72,7 @@ def describe_data(dataset: Dataset, *, show_text: bool) -> dict[str, Any]:
         "distinct_texts": len({record.text for record in records}),
         "distinct_public_texts": len(dataset.public_texts),
         "left_out": dict(dataset.left_out),
-        "profiles": _profiles(dataset),
+        "profiles": _profiles(dataset, show_text=show_text),
         "first_record": {"user": with_records.user} | _describe_record(first, show_text=show_text),
     }
 
@@ -100,12 +101,15 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _profiles(dataset: Dataset) -> dict[str, dict[str, int]]:
+def _profiles(dataset: Dataset, *, show_text: bool) -> dict[str, dict[str, int]]:
     """Attribute -> value -> how many users state it, the most frequent first."""
     names = sorted({name for user in dataset.users for name in user.profile})
+    stated = {name: [user.profile[name] for user in dataset.users if name in user.profile] for name in names}
     return {
-        name: dict(Counter(user.profile[name] for user in dataset.users if name in user.profile).most_common())
-        for name in names
+        name: dict(Counter(values).most_common())
+        if show_text or max(map(len, values)) <= _LONGEST_VALUE
+        else {"(texts; --show-text shows them)": len(values)}
+        for name, values in stated.items()
     }
 
 

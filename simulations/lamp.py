@@ -61,6 +61,25 @@ def write_predictions(scenario: Scenario, dataset: Dataset, row: Any, *, folder:
     return path
 
 
+def write_answers_of_row(
+    scenario: Scenario, dataset: Dataset, items: Sequence[str], answers: Sequence[str], *, folder: Path
+) -> Path | None:
+    """Write answers in words as a file of LaMP answers; None where the data are not LaMP-4 to 7.
+
+    Args:
+        scenario: Of the run.
+        dataset: What it was run on.
+        items: Id (n,) of each question.
+        answers: To them.
+        folder: Of the run.
+    """
+    if dataset.name not in ("lamp-4", "lamp-5", "lamp-6", "lamp-7") or scenario.task.name != "generation":
+        return None
+    path = folder / PREDICTIONS
+    write_answers(path, Answers(int(dataset.name[-1]), dict(zip(items, answers, strict=True))))
+    return path
+
+
 def check_labels(scenario: Scenario) -> None:
     """Refuse a scenario whose labels are not those that the questions of its LaMP-2 files name, in their order.
 

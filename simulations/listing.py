@@ -8,11 +8,13 @@ from client.personalize import PERSONAL_METHODS, PersonalMethod
 from shared.config import TaskConfig
 from shared.datasets import READERS
 from shared.errors import ScenarioError
-from shared.language_metrics import LANGUAGE_METRICS
+from shared.language_metrics import LANGUAGE_METRICS, NEXT_UTTERANCE
 from shared.lora import FEDERATION_METHODS, TECHNIQUES, FederationMethod
 from shared.metrics import METRICS
 from shared.model import FAMILIES, Family
+from shared.preference_metrics import PREFERENCE_METRICS
 from shared.registry import BUILT_IN, describe, lookup, names, origin
+from shared.text_metrics import JUDGES, TEXT_METRICS
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 TASKS = {  # what each is; which there are, TaskConfig says
@@ -20,6 +22,7 @@ TASKS = {  # what each is; which there are, TaskConfig says
     "tagging": "one of a public list of labels, for a text",
     "ranking": "which text of a public catalogue a user likes",
     "generation": "the next utterance, from what was said before",
+    "preference": "which of two answers a user likes better",
 }
 Entries = list[dict[str, str]]
 
@@ -36,6 +39,7 @@ def list_choices() -> dict[str, Entries]:
         "formats": _registered("readers", READERS, Callable),
         "metrics": _of_responses() + _registered("metrics", METRICS, Callable),
         "tasks": [_entry(name, TASKS.get(name, "")) for name in get_args(TaskConfig.model_fields["name"].annotation)],
+        "judges": _registered("judges", JUDGES, Callable),
         "scenarios": [_entry(path.stem, _first_comment(path)) for path in _scenarios()],
         "families": _registered("families", FAMILIES, Family),
     }
@@ -54,8 +58,9 @@ def lines(choices: Mapping[str, Entries]) -> list[str]:
 
 
 def _of_responses() -> Entries:
-    """Metrics of the task ``generation``; those it shares with ratings are listed there."""
-    return [_entry(name, each.description) for name, each in LANGUAGE_METRICS.items() if name not in METRICS]
+    """Metrics of the tasks about answers; those they share with ratings are listed there."""
+    known = {**LANGUAGE_METRICS, **NEXT_UTTERANCE, **TEXT_METRICS, **PREFERENCE_METRICS}
+    return [_entry(name, each.description) for name, each in known.items() if name not in METRICS]
 
 
 def _registered(kind: str, built_in: Mapping[str, Any], form: Any) -> Entries:

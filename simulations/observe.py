@@ -25,6 +25,7 @@ from shared.scoring import persona_predictions, rmse, text_predictions
 from shared.tasks import Scores
 from simulations import baselines, dp_statistics
 from simulations.observe_language import LanguageObserver
+from simulations.observe_preference import PreferenceObserver
 from simulations.observe_ranking import RankingObserver
 from simulations.observe_tagging import TaggingObserver
 from simulations.rows import Rows, lay_out
@@ -198,8 +199,6 @@ class RatingObserver:
 
     def cold_rows(self, arrays: Arrays, counts: Sequence[int]) -> dict[int, dict[str, np.ndarray]]:
         """Test rows where every user has only so many training rows; see ``simulations.cold_start``."""
-        if personal_method(self._scenario.personal.method).private:
-            return {}  # made in the rounds, from all records
         known, bare = {count: self.train.first(count) for count in counts}, self.bare_features()
         start = np.full(len(bare), self._scenario.task.centre)
         local = {count: self.personalize(bare, start, known=known[count], asked=self.test) for count in counts}
@@ -403,4 +402,5 @@ OBSERVERS: dict[str, Callable[..., Observer]] = {
     "tagging": TaggingObserver,
     "ranking": RankingObserver,
     "generation": LanguageObserver,
+    "preference": PreferenceObserver,
 }

@@ -6,16 +6,26 @@ from typing import Any
 import numpy as np
 
 from client.personalize import check_task, fit_lora
-from client.site import TextFeatures
+from client.site import TextFeatures, asked_with_profiles
 from shared.adapter import Arrays, load_shared, load_start, read_shared, read_start
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, UserData
+from shared.datasets.candidates import with_candidates
 from shared.head import CausalHead
-from shared.language_metrics import LANGUAGE_METRICS, TokenScores, perplexity_difference, score_tokens
+from shared.language_metrics import (
+    LANGUAGE_METRICS,
+    NEXT_UTTERANCE,
+    TokenScores,
+    perplexity_difference,
+    score_tokens,
+)
 from shared.metrics import Described, Interval
 from shared.noise import seeded_generator
 from shared.progress import track
 from shared.scoring import response_scores
+from simulations.next_utterance import NextUtterance
+
+PROFILE = " + profile"  # of a row whose prompts have before them what [prompt] says
 
 
 class LanguageObserver:
@@ -32,17 +42,33 @@ class LanguageObserver:
     def __init__(
         self, head: CausalHead, texts: TextFeatures, dataset: Dataset, scenario: Scenario, *, quiet: bool = False
     ) -> None:
+        if scenario.evaluation.candidates:
+            dataset = with_candidates(dataset, count=scenario.evaluation.candidates)
         self._quiet = quiet
         self.head: CausalHead = head
         self._texts, self._dataset, self._scenario = texts, dataset, scenario
         self._start = read_shared(head)
         self._public = read_start(head)
         check_task(scenario.personal.method, scenario.task.name)
+        self._profiled: tuple[Dataset, TextFeatures] | None = None
+        if scenario.prompt.used:
+            with_profiles = asked_with_profiles(dataset, scenario)
+            self._profiled = with_profiles, TextFeatures(head.base[0], scenario, with_profiles, quiet=quiet)
+        self._candidates: dict[str, NextUtterance] = {}
+        if scenario.evaluation.candidates:
+            self._candidates = {
+                addition: NextUtterance(head.base[0], scenario, shown, quiet=quiet)
+                for addition, (shown, _) in self._prompts().items()
+            }
         self._test_users = np.array([i for i, user in enumerate(dataset.users) for _ in user.test], dtype=np.int64)
+
+    def asked(self) -> dict[str, Dataset]:
+        """What is added to a row's name -> the users with the test prompts of such rows."""
+        return {addition: dataset for addition, (dataset, _) in self._prompts().items()}
 
     @property
     def metrics(self) -> Mapping[str, Described]:  # noqa: D102
-        return LANGUAGE_METRICS
+        return {**LANGUAGE_METRICS, **(NEXT_UTTERANCE if self._candidates else {})}
 
     def validate(self, arrays: Arrays) -> dict[str, float | None]:
         """Perplexity of ``federated``; fine-tuning everybody every round would cost more than the federation."""
@@ -52,10 +78,10 @@ class LanguageObserver:
 
     def baselines(self) -> dict[str, TokenScores]:  # noqa: D102
         load_start(self.head, self._public)
-        return {"base": self._shared(self._start), "local": self._personal(self._start)}
+        return self._shared("base", self._start) | self._personal("local", self._start)
 
     def federated(self, arrays: Arrays) -> dict[str, TokenScores]:  # noqa: D102
-        return {"federated": self._shared(arrays), "personal": self._personal(arrays)}
+        return self._shared("federated", arrays) | self._personal("personal", arrays)
 
     def score(self, row: Any, *, reference: Any, seed: int, resamples: int) -> dict[str, Interval]:  # noqa: D102
         return score_tokens(row, self._test_users, reference=reference, seed=seed, resamples=resamples)
@@ -86,35 +112,54 @@ class LanguageObserver:
         return self.losses(self._start, records)
 
     def private_arrays(self, arrays: Arrays, user: int) -> Arrays:
-        """The LoRA of one user, fine-tuned from shared arrays on all of the user's training rows."""
-        records = self._dataset.users[user].train
-        order = seeded_generator(seed=self._scenario.seed, purpose="fine-tuning", device=user, round_number=0)
-        return fit_lora(
-            self.head,
-            arrays,
-            self._texts.of(records),
-            self._texts.targets(records),
-            personal=self._scenario.personal,
-            generator=order,
-        )
+        """The LoRA of one user; see ``fine_tuned``."""
+        return fine_tuned(self.head, arrays, self._texts, self._dataset, self._scenario, user=user)
 
-    def _shared(self, arrays: Arrays) -> TokenScores:
+    def _shared(self, name: str, arrays: Arrays) -> dict[str, TokenScores]:
+        """The row of shared arrays, and with what stands before the users' prompts."""
         load_shared(self.head, arrays)
-        return self._evaluate(_all(self._dataset, lambda user: user.test))
+        return {
+            name + addition: self._test(_all(dataset, lambda user: user.test), texts, addition)
+            for addition, (dataset, texts) in self._prompts().items()
+        }
 
-    def _personal(self, arrays: Arrays) -> TokenScores:
-        parts = []
+    def _personal(self, name: str, arrays: Arrays) -> dict[str, TokenScores]:
+        """The same of every user's own tensors."""
+        prompts = self._prompts()
+        parts: dict[str, list[TokenScores]] = {name + addition: [] for addition in prompts}
         users = track(self._dataset.users, description="fine-tuning", unit="user", quiet=self._quiet)
-        for i, user in enumerate(users):
+        for i, _ in enumerate(users):
             load_shared(self.head, self.private_arrays(arrays, i))
-            parts.append(self._evaluate(user.test))
-        return TokenScores(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("nll", "tokens", "hits")))
+            for addition, (dataset, texts) in prompts.items():
+                parts[name + addition].append(self._test(dataset.users[i].test, texts, addition))
+        return {row: TokenScores.joined(of_users) for row, of_users in parts.items()}
 
-    def _evaluate(self, records: Sequence[Record]) -> TokenScores:
+    def _prompts(self) -> dict[str, tuple[Dataset, TextFeatures]]:
+        """What is added to a row's name -> the users with such prompts, and the outputs of their texts."""
+        plain = {"": (self._dataset, self._texts)}
+        return plain | ({PROFILE: self._profiled} if self._profiled else {})
+
+    def _test(self, records: Sequence[Record], texts: TextFeatures, addition: str) -> TokenScores:
+        """As ``_evaluate``, and whether test responses are told from their candidates, where those are asked for."""
+        scores = self._evaluate(records, texts)
+        return self._candidates[addition].told(self.head, scores, records) if self._candidates else scores
+
+    def _evaluate(self, records: Sequence[Record], texts: TextFeatures | None = None) -> TokenScores:
         """Likelihood of every record's response at the head's present parameters, in the records' order."""
-        features, targets = self._texts.of(records), self._texts.targets(records)
+        texts = texts or self._texts
         micro_batch = self._scenario.performance.micro_batch
-        return response_scores(self.head, features, targets, micro_batch=micro_batch)
+        return response_scores(self.head, texts.of(records), texts.targets(records), micro_batch=micro_batch)
+
+
+def fine_tuned(
+    head: CausalHead, arrays: Arrays, texts: TextFeatures, dataset: Dataset, scenario: Scenario, *, user: int
+) -> Arrays:
+    """The private tensors of one user, fine-tuned from shared arrays on all of the user's training rows."""
+    records = dataset.users[user].train
+    order = seeded_generator(seed=scenario.seed, purpose="fine-tuning", device=user, round_number=0)
+    return fit_lora(
+        head, arrays, texts.of(records), texts.targets(records), personal=scenario.personal, generator=order
+    )
 
 
 def _all(dataset: Dataset, part: Callable[[UserData], Sequence[Record]]) -> list[Record]:

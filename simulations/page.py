@@ -95,6 +95,14 @@ HEADINGS = {
     "perplexity": "Perplexity",
     "macro_f1": "Macro-F1",
     "user_accuracy": "Accuracy per user",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "meteor": "METEOR",
+    "bertscore": "BERTScore",
+    "hits@1": "hits@1",
+    "dpo_loss": "DPO loss",
 }
 PERCENT = ("accuracy", "user_accuracy", "share_gaining")
 

@@ -75,6 +75,32 @@ class Membership(Part):
     users: AttackOn | None = None
 
 
+class AnswerMetric(Part):
+    """What a score of answers in words means."""
+
+    description: str
+
+
+class AnswerScores(Part):
+    """Answers to the first test prompts of each user: row -> metric -> score, and pairs of rows before a judge."""
+
+    per_user: int
+    answers: int
+    users: int
+    longest: int
+    metrics: dict[str, AnswerMetric] = Field(min_length=1)
+    rows: dict[str, dict[str, Checked]] = Field(min_length=1)
+    judge: str
+    win_rates: dict[str, Checked]
+
+    @model_validator(mode="after")
+    def _same_metrics(self) -> Self:
+        wrong = [row for row, scores in self.rows.items() if scores.keys() != self.metrics.keys()]
+        if wrong:
+            raise ValueError(f"every row must have a score for each metric, not so: {', '.join(wrong)}")
+        return self
+
+
 class Curve(Part):
     """Primary metric of the same users at every count of own records.
 

@@ -11,7 +11,7 @@ from shared.audits import FILE as AUDIT
 from shared.audits import read_audit
 from shared.metrics import Interval
 from shared.policy import read_policy
-from simulations import membership_page, new_users_page, page
+from simulations import answers_page, membership_page, new_users_page, page
 from simulations.audit.section import section as audit_section
 from simulations.figures import by_round, by_user
 from simulations.results import OverSeeds, RunFolder, Summary, check_summary, read_run
@@ -31,6 +31,10 @@ ROWS = {
     "federated": "the shared part alone",
     "persona": "the shared part with the personas of a user's group",
     "personal": "the shared part and a private part",
+    "base + profile": "the base, the user's own records or statements before each prompt",
+    "local + profile": "the personal method alone, with them",
+    "federated + profile": "the shared part, with them",
+    "personal + profile": "the shared part and a private part, with them",
     "federated-linear": "linear head: the shared part alone",
     "personal-linear": "linear head: shared and private part",
 }
@@ -60,6 +64,18 @@ LEAVES = {
     "none": "without any noise",
 }
 NOT_PRIVATE = "NOT PRIVATE"
+_HEADLINE = (
+    "base",
+    "base + profile",
+    "local",
+    "dp-statistics",
+    "federated",
+    "federated + profile",
+    "persona",
+    "personal",
+    "personal + profile",
+    "personal-linear",
+)
 
 
 def write_report(run_folder: Path) -> Path:
@@ -88,6 +104,7 @@ def write_report(run_folder: Path) -> Path:
         *_outcome(summary),
         *("<h2>User by user</h2>", *user_plots),
         *("<h2>Round by round</h2>", *round_plots),
+        *answers_page.section(summary),
         *people,
         *attack,
         *_audited(run_folder),
@@ -115,10 +132,11 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     said = checked.private or checked.claim.startswith(NOT_PRIVATE)
     lines = [checked.claim if said else f"{NOT_PRIVATE}. {checked.claim}"]
     name = page.heading(checked.metric)
-    for row in ("base", "local", "dp-statistics", "federated", "persona", "personal", "personal-linear"):
-        if row in checked.rows:
-            found = page.score(checked.metric, checked.rows[row][checked.metric])
-            lines.append(f"{name} {row:<15}  {found}  {ROWS[row]}")
+    shown = [row for row in _HEADLINE if row in checked.rows]
+    width = max(15, *map(len, shown)) if shown else 15
+    for row in shown:
+        found = page.score(checked.metric, checked.rows[row][checked.metric])
+        lines.append(f"{name} {row:<{width}}  {found}  {ROWS[row]}")
     if (difference := checked.difference("personal", "local")) is not None:
         side = "below" if checked.less_is_better(checked.metric) else "above"
         found = page.score(checked.metric, difference, digits=4, sign=True)

@@ -16,7 +16,7 @@ from pydantic import (
 
 from shared.errors import DataError
 from shared.metrics import Interval
-from simulations.parts import Checked, ColdStart, Fairness, Membership, Part
+from simulations.parts import AnswerScores, Checked, ColdStart, Fairness, Membership, Part
 
 _T = TypeVar("_T")
 
@@ -121,6 +121,7 @@ class Summary(Part):
     membership: Membership | None = None
     cold_start: ColdStart | None = None
     fairness: Fairness | None = None
+    answers: AnswerScores | None = None
 
     @property
     def private(self) -> bool:

@@ -28,7 +28,7 @@ class Rows:
         return Rows(self.text[kept], self.target[kept], self.user[kept])
 
 
-def lay_out(dataset: Dataset, row_of: dict[tuple[str, str], int], part: Callable[[UserData], Sequence[Record]]) -> Rows:
+def lay_out(dataset: Dataset, row_of: dict[tuple[str, ...], int], part: Callable[[UserData], Sequence[Record]]) -> Rows:
     """Lay one part (fit, validation, train, test) of every user end to end."""
     pairs = [(i, record) for i, user in enumerate(dataset.users) for record in part(user)]
     return Rows(

@@ -16,7 +16,7 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from client.app import app as client_app
-from client.site import resident_base, resident_dataset, use_threads
+from client.site import campaign_dataset, resident_base, use_threads
 from shared.assets import resolve
 from shared.config import Scenario
 from shared.datasets import Dataset
@@ -110,6 +110,10 @@ def simulate(
         from simulations.heads import export_heads  # onnx is slow to import, and not needed before
 
         summary |= export_heads(results[0], exported, base, dataset, folder=out / "heads", quiet=quiet)
+        if scenario.evaluation.answers:
+            from simulations.answers import measure_answers
+
+            summary |= measure_answers(scenario, base, dataset, results[0], folder=out, quiet=quiet)
         if scenario.attack.membership:
             summary |= attack_membership(scenario, base, dataset, results[: len(plans)], compared, quiet=quiet)
         summary["resumed"] = resumed
@@ -180,9 +184,10 @@ def _run_engine(
 def _prepare(scenario: Scenario, *, quiet: bool) -> tuple[list[Plan], Base, Dataset, list[int]]:
     """Everything that can be refused before a run begins."""
     use_threads(scenario.performance.threads)
-    for reference in (scenario.data.source, scenario.model.base):
+    encoders = (scenario.prompt.encoder,) if scenario.evaluation.answers or scenario.prompt.retriever == "dense" else ()
+    for reference in (scenario.data.source, scenario.model.base, *encoders):
         resolve(reference, quiet=quiet)
-    dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
+    dataset = campaign_dataset(scenario)
     check_groups(scenario, dataset)
     check_labels(scenario)
     base = resident_base(scenario.model.base, scenario.performance.device)

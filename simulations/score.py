@@ -39,6 +39,11 @@ _COMPARED = (
     ("personal", "popularity + profile"),
     ("popularity + profile", "popularity"),
     ("personal-linear", "dp-statistics"),
+    ("base + profile", "base"),
+    ("federated + profile", "federated"),
+    ("personal + profile", "personal"),
+    ("personal + profile", "base + profile"),
+    ("personal + profile", "base"),
 )
 _TUNING = {
     "all": "tuning: not covered",

@@ -250,6 +250,7 @@ _BENCHMARKS = {
         1,
         "personal methods on one shared part, their constants chosen anew; a quarter of an hour (rounds: seeds)",
     ),
+    "language": (5, "a private step of a language model: cached prefixes against plain Opacus over all layers"),
     "audits": (200, "audits: false alarms of each bound, faults found by epsilon, seconds (rounds: null runs)"),
 }
 

@@ -158,12 +158,12 @@ def flat(update) -> np.ndarray:
     return np.concatenate([array.ravel() for array in update.values()]).astype(np.float64)
 
 
-def rating(base, texts, *, blocks=1, method="ffa-lora", rank=2, targets=("output.dense",)) -> Setting:
-    """Ratings of texts on an encoder."""
+def rating(base, texts, *, blocks=1, method="ffa-lora", rank=2, targets=("output.dense",), **adapter) -> Setting:
+    """Ratings of texts on an encoder; ``adapter`` is more of its table."""
     scenario = Scenario(
         name="tiny",
         model=ModelConfig(head_blocks=blocks),
-        adapter=AdapterConfig(rank=rank, whitened_features=8, targets=targets),
+        adapter=AdapterConfig(rank=rank, whitened_features=8, targets=targets, **adapter),
         federation=FederationConfig(method=method),
         persona=PersonaConfig(count=2 if method == "ifca" else 0),
     )
@@ -171,13 +171,13 @@ def rating(base, texts, *, blocks=1, method="ffa-lora", rank=2, targets=("output
     return Setting(base, scenario, features, [1.0 + i % 5 for i in range(len(texts))], Scores)
 
 
-def language(base, *, blocks=1, method="ffa-lora") -> Setting:
-    """Responses of a language model."""
+def language(base, *, blocks=1, method="ffa-lora", **adapter) -> Setting:
+    """Responses of a language model; ``adapter`` is more of its table."""
     scenario = Scenario(
         name="tiny",
         task=TaskConfig(name="generation", template="<|im_start|>{text}<|im_end|>"),
-        model=ModelConfig(head_blocks=blocks, max_tokens=128),
-        adapter=AdapterConfig(rank=2, targets=("mlp.down_proj", "self_attn.q_proj")),
+        model=ModelConfig(head_blocks=blocks, max_tokens=128 - adapter.get("prompt_tokens", 0)),
+        adapter=AdapterConfig(rank=2, targets=("mlp.down_proj", "self_attn.q_proj"), **adapter),
         federation=FederationConfig(method=method),
     )
     encoded = encode_dialogues(base, PAIRS, scenario)

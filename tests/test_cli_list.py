@@ -13,7 +13,17 @@ from sottovoce.cli import main
 
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 ITEM = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
-KEYS = {"federation_methods", "personal_methods", "techniques", "formats", "metrics", "tasks", "scenarios", "families"}
+KEYS = {
+    "federation_methods",
+    "personal_methods",
+    "techniques",
+    "formats",
+    "metrics",
+    "tasks",
+    "scenarios",
+    "families",
+    "judges",
+}
 
 
 def run(capsys, *arguments):

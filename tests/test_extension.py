@@ -22,6 +22,7 @@ from shared.metrics import METRICS, score_row
 from shared.model import load_base
 from shared.policy import Policy, read_policy
 from shared.registry import KINDS
+from shared.text_metrics import judge_named
 from simulations.run import simulate
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -57,6 +58,13 @@ def diaries(tmp_path):
         (folder / f"anna-{user}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     (folder / "public.txt").write_text("\n".join(f"Day of {word}" for word in words) + "\n", encoding="utf-8")
     return folder
+
+
+def test_a_judge_from_outside_compares(my_package):
+    assert Scenario.model_validate({"name": "x", "evaluation": {"judge": "shorter"}}).evaluation.judge == "shorter"
+    said = {"prompt": "?", "own": "", "embed": None}
+    judge = judge_named("shorter")
+    assert [judge(first=a, second=b, **said) for a, b in (("a", "b c"), ("b c", "a"), ("a", "b"))] == [1.0, 0.0, 0.5]
 
 
 def named(**tables):

@@ -440,6 +440,37 @@ def test_an_owners_device_keeps_its_part_sealed_from_round_to_round(homes, tiny_
     assert not [p for p in home.folder.rglob("*") if p.is_file() and two.tobytes() in p.read_bytes()]
 
 
+PRICED = (
+    "model.head_blocks=0",
+    "federation.method=ifca",
+    "federation.cohort_size=2",
+    "persona.count=2",
+    "persona.epsilon=2.0",
+    "privacy.max_participations=3",
+)
+
+
+def test_a_choice_that_was_paid_for_and_is_lost_is_not_made_again(homes, tiny_world, tmp_path):
+    published = homes.publish(tiny_world(tmp_path), tmp_path / "priced", overrides=PRICED)
+    home = homes.make_home(tmp_path / "home", published)
+    assert homes.ask(home, published.campaign)[0] is None
+    assert list(sealed(home)) == ["persona"]
+    assert homes.ask(home, published.campaign, round_number=2, answered=1)[0] is None
+    [name] = home.vault().names("state/")
+    home.vault().delete(name)
+    assert homes.ask(home, published.campaign, round_number=3, answered=2)[0] == "STORE"
+
+
+def test_a_choice_of_a_round_that_was_burnt_is_made_in_the_next(homes, tiny_world, tmp_path, monkeypatch):
+    published = homes.publish(tiny_world(tmp_path), tmp_path / "priced", overrides=PRICED)
+    home = homes.make_home(tmp_path / "home", published)
+    with monkeypatch.context() as patch:
+        patch.setattr("client.app.train_shared", None)
+        assert homes.ask(home, published.campaign)[0] == "INTERNAL"
+    assert homes.ask(home, published.campaign, round_number=2)[0] is None
+    assert list(sealed(home)) == ["persona"]
+
+
 def test_an_owner_states_a_profile_that_stays_in_the_vault(homes, tiny_world, tmp_path, capsys):
     home = homes.make_home(tmp_path / "home")
     place = ["--home", str(home.folder)]

@@ -39,12 +39,14 @@ def make(steps, tiny_base, tiny_causal, tiny_texts):
     def build(task, **settings):
         if task == "language":
             return steps.language(tiny_causal, **settings)
+        if task == "soft":  # tokens beside LoRA
+            return steps.language(tiny_causal, prompt_tokens=3, **settings)
         return steps.rating(tiny_base, tiny_texts[:7], **settings)
 
     return build
 
 
-@pytest.fixture(scope="module", params=TASKS)
+@pytest.fixture(scope="module", params=[*TASKS, pytest.param("soft", marks=pytest.mark.slow)])
 def setting(request, make):
     return make(request.param)
 

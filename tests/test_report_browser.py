@@ -83,6 +83,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, invented: Any) -> dict[str, 
         folder / "loose-with-a-rather-long-name-of-its-folder", better_by=0.02, seeds=(1, 2, 3)
     )
     invented.add_membership(second, null=0.53)
+    invented.add_answers(second)
     third = invented.invented_run(folder / "bare", epsilon=None, better_by=0.03)
     comparison = write_comparison(read_runs([first, second, third]), out=folder / "comparison.html")
     found = {"report": write_report(second), "comparison": comparison}

@@ -1,6 +1,7 @@
 """ConvAI2 dialogues as personas and exchanges, on small invented files and, where it lies, on the published one."""
 
 import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from shared import datasets
 from shared.errors import DataError
+from simulations.inspect import inspect_data
 
 NAME = "valid_self_original_no_cands.txt"
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "convai2-valid"
@@ -79,16 +81,48 @@ def test_parts_are_split_in_the_order_of_the_file(tmp_path):
         lambda text: text.replace("\n", "\r\n"),
         lambda text: text.removesuffix("\n"),
         lambda text: text + "\n\n",
-        lambda text: text.replace("rye .\n", "rye .\t\tno thanks .|i like red .|rye .\n"),  # candidates
         lambda text: text.replace("rye .\n", "rye .\t\n"),
     ],
 )
-def test_other_endings_and_candidates_change_nothing(tmp_path, change):
+def test_other_endings_change_nothing(tmp_path, change):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     changed = change(DIALOGUES)
     assert changed != DIALOGUES
     assert rows_of(folder_with(tmp_path / "a")) == rows_of(folder_with(tmp_path / "b", changed))
+
+
+def test_test_records_have_the_candidates_of_the_file(tmp_path):
+    """Those of training records are of no use, and would be most of a large file."""
+    with_some = "".join(f"{row}\t\tno .| {row.split(chr(9))[1]}||no .|never .\n" if "\t" in row else f"{row}\n"
+                        for row in DIALOGUES.splitlines())  # fmt: skip
+    baker, singer = sorted(
+        datasets.read("convai2", folder_with(tmp_path, with_some)).users, key=lambda u: -len(u.train)
+    )
+    assert baker.test[0].candidates == ("cats !", "no .", "never .")
+    assert singer.test[0].candidates == ("lalala .", "no .", "never .")
+    assert all(record.candidates == () for record in baker.train)
+    plain = datasets.read("convai2", folder_with(tmp_path)).users
+    assert all(record.candidates == () for user in plain for record in user.test)
+    assert [record.key for user in plain for record in user.train + user.test] == [
+        record.key for user in sorted((baker, singer), key=lambda u: u.user) for record in user.train + user.test
+    ]
+
+
+def test_the_persona_s_lines_are_what_its_user_states(tmp_path):
+    found = {user.user: dict(user.profile) for user in datasets.read("convai2", folder_with(tmp_path)).users}
+    assert found == {
+        user_id(BAKER): {"persona": "i bake bread. i own two cats."},
+        user_id(["i sing."]): {"persona": "i sing."},
+    }
+
+
+def test_an_inspection_shows_personas_only_where_asked(tmp_path):
+    folder = folder_with(tmp_path, DIALOGUES.replace("i bake bread", "i bake SECRET bread every morning"))
+    found = inspect_data("convai2", source=str(folder))
+    assert "SECRET" not in json.dumps(found)
+    assert list(found["profiles"]["persona"].values()) == [2]
+    assert "SECRET" in json.dumps(inspect_data("convai2", source=str(folder), show_text=True)["profiles"])
 
 
 def test_lines_of_the_partners_persona_are_not_read(tmp_path):
@@ -178,4 +212,5 @@ def test_the_published_file():
     assert (min(sizes), max(sizes), sum(count for size, count in sizes.items() if size >= 20)) == (7, 54, 78)
     first = next(row for row in rows if row.item == "1-2")
     assert len({row.timestamp for row in rows}) == len(rows)  # one record, one line of the file
+    assert max(len(user.profile["persona"]) for user in users) == 253
     assert first.response == "i rather read , i've read about 20 books this year ."

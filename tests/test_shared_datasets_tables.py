@@ -96,7 +96,7 @@ def test_a_quoted_text_may_go_over_lines_and_the_first_is_named(tmp_path):
     [
         ({"who": "a/b"}, "user must be a plain name"),
         ({"who": None}, "user must be a plain name"),
-        ({"said": None}, "rows without the text or the response"),
+        ({"said": None}, "rows without the text, the response or what was rejected"),
         ({"mark": None}, "rows whose target is no usable number"),
         ({"day": "soon"}, "rows whose timestamp is neither seconds nor a date"),
         ({"years": 31}, "a user's profile must be the same in every row"),

@@ -9,7 +9,7 @@ from client.site import resident_dataset
 from server.holdout import read_holdout
 from shared.assets import resolve
 from shared.config import DataConfig, Scenario, load_scenario
-from shared.datasets import Dataset, Record, UserData, choose_users, read
+from shared.datasets import Dataset, Record, UserData, choose_users, deal_out, read
 from shared.datasets.users import PARTS
 from shared.errors import DataError, ScenarioError
 from shared.policy import hash_settings
@@ -97,3 +97,37 @@ def test_a_run_holds_its_part_alone_and_says_so(part, stamp, tiny_world, tmp_pat
     assert stamp in summary["stamps"]
     assert "tuning: not covered" not in summary["stamps"]
     assert stamp in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def part_of(dataset, name):
+    return [record for user in dataset.users for record in getattr(user, name)]
+
+
+def test_records_are_dealt_out_anew_and_none_changes_its_part():
+    def said(name, first, count):
+        return tuple(Record(f"{name} {place}", 0.0, str(place), place) for place in range(first, first + count))
+
+    users = tuple(
+        UserData(str(n), said(f"{n}", 0, 5 + n % 3), said(f"{n}", 10, 2), said(f"{n}", 20, 3), {"name": str(n)})
+        for n in range(30)
+    )
+    everybody = Dataset("films", users, ("Fargo",))
+    dealt = deal_out(everybody)
+    assert dealt == deal_out(everybody) != deal_out(everybody, seed=1)
+    assert (dealt.name, dealt.public_texts) == (everybody.name, everybody.public_texts)
+    for part in ("fit", "validation", "test"):
+        before, after = part_of(everybody, part), part_of(dealt, part)
+        assert sorted(map(repr, after)) == sorted(map(repr, before))
+        assert [len(getattr(user, part)) for user in dealt.users] == [len(getattr(user, part)) for user in users]
+        times = [[record.timestamp for record in getattr(user, part)] for user in dealt.users]
+        assert times == [sorted(each) for each in times]
+        kept = sum(record in getattr(user, part) for user, d in zip(users, dealt.users, strict=True)
+                   for record in getattr(d, part))  # fmt: skip
+        assert kept < len(after) / 6  # a thirtieth by chance; one who kept theirs would have all
+    assert [(user.user, user.profile) for user in dealt.users] == [(user.user, user.profile) for user in users]
+
+
+def test_a_shuffled_run_reads_the_dealt_records(tiny, tmp_path):
+    data = DataConfig(format="convai2", source=str(tiny.tiny_dialogues(tmp_path)))
+    plain, dealt = resident_dataset(data), resident_dataset(data.model_copy(update={"shuffled": True}))
+    assert dealt == deal_out(plain) != plain

@@ -63,6 +63,17 @@ def test_without_records_the_shared_part_stands_and_with_all_the_rows_of_the_run
         assert curve["differences"][f"personal - {other}"][2] == summary["differences"][f"personal - {other}"]["rmse"]
 
 
+@pytest.mark.parametrize("method", ["fedper", pytest.param("user-embedding", marks=pytest.mark.slow)])
+def test_a_part_that_is_trained_in_the_rounds_has_a_curve_too(tiny_world, tmp_path, method):
+    """What is scored is made after the last round, from the records given, whatever a device kept in the rounds."""
+    changes = (*LEAN, f"personal.method={method}", "federation.rounds=1", "evaluation.cold_start=[0, 3, 1000]")
+    summary = simulate(load_scenario(tiny_world(tmp_path), changes), out=tmp_path / "out", quiet=True)
+    curve = summary["cold_start"]["curves"]["participants"]["rows"]
+    assert curve["personal"][0] == curve["federated"][0] == summary["rows"]["federated"]["rmse"]
+    assert curve["personal"][1] != curve["personal"][0]
+    assert curve["personal"][2] == summary["rows"]["personal"]["rmse"]
+
+
 def test_who_took_part_and_who_has_so_many_records_is_counted(run):
     scenario, _, summary = run
     curves = summary["cold_start"]["curves"]

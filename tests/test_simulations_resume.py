@@ -38,7 +38,7 @@ def whole(tiny_world, tmp_path_factory):
 def result_of(out: Path):
     """Everything of a run folder that is a result and not a time."""
     summary = json.loads((out / "summary.json").read_text())
-    for key in ("cost", "cost_linear"):
+    for key in summary.keys() & {"cost", "cost_linear"}:
         summary[key] = {name: value for name, value in summary[key].items() if name.startswith("bytes")}
     del summary["resumed"]
     heads = {path.name: path.read_bytes() for path in (out / "heads" / "user-1").glob("*.safetensors")}
@@ -131,6 +131,18 @@ def test_what_is_no_run_of_this_scenario_is_not_resumed(whole, tiny_world, tmp_p
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
 
 
+def test_a_run_does_not_go_on_from_where_its_devices_have_nothing_left(tiny_world, tmp_path):
+    """Devices keep the last two states; damage that goes further back would make them begin anew, unseen."""
+    changes = ("personal.method=fedper", "federation.rounds=3", "federation.cohort_size=all",
+               "privacy.max_participations=3", "linear.enabled=false", "export.users=0")  # fmt: skip
+    scenario, out = load_scenario(tiny_world(tmp_path), changes), tmp_path / "out"
+    simulate(scenario, out=out, quiet=True)
+    for number in (2, 3):
+        (out / "campaigns" / "lora" / "checkpoints" / f"round-{number:04d}" / "tensors.safetensors").write_bytes(b"")
+    with pytest.raises(CampaignError, match="must hold what the device kept by round 1"):
+        simulate(scenario, out=out, quiet=True, resume=True)
+
+
 def test_another_base_under_the_same_name_is_noticed(whole, tmp_path):
     scenario, reference = whole
     out = tmp_path / "out"
@@ -156,24 +168,62 @@ def test_two_processes_never_share_a_run(whole):
         process.communicate("\n", timeout=10)
 
 
+def killed_and_resumed(scenario, folder, moments):
+    """Run folder of a real process that is killed as soon as each of these files is there, and resumed to its end."""
+    out = folder / "out"
+    (folder / "scenario.json").write_text(scenario.model_dump_json())
+    command = [sys.executable, "-m", "sottovoce.cli", "simulate", "--quiet"]
+    arguments = [str(folder / "scenario.json"), "--out", str(out)]
+    for wanted in moments:
+        process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent.parent, env=os.environ)
+        deadline = time.monotonic() + 180
+        while not (out / wanted).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert (out / wanted).exists()
+        assert process.wait(timeout=10) == -signal.SIGKILL
+        arguments = ["--resume", str(out)]
+    done = subprocess.run([*command, *arguments], cwd=Path(__file__).parent.parent, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 @pytest.mark.slow
 def test_kill_9_again_and_again(whole, tmp_path):
     """A real process, killed at whatever moment it is in, resumed until it is through."""
     scenario, reference = whole
-    out = tmp_path / "out"
-    (tmp_path / "scenario.json").write_text(scenario.model_dump_json())
-    command = [sys.executable, "-m", "sottovoce.cli", "simulate", "--quiet"]
-    arguments = [str(tmp_path / "scenario.json"), "--out", str(out)]
-    killed = 0
-    for wanted in ("campaigns/lora/checkpoints/round-0002", "campaigns/linear/checkpoints/round-0001"):
-        process = subprocess.Popen([*command, *arguments], cwd=Path(__file__).parent.parent, env=os.environ)
-        deadline = time.monotonic() + 60
-        while not (out / wanted).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait(timeout=10) == -signal.SIGKILL
-        arguments = ["--resume", str(out)]
-    assert killed == 2
-    done = subprocess.run([*command, *arguments], cwd=Path(__file__).parent.parent, check=False, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert result_of(out) == result_of(reference)
+    moments = ("campaigns/lora/checkpoints/round-0002", "campaigns/linear/checkpoints/round-0001")
+    assert result_of(killed_and_resumed(scenario, tmp_path, moments)) == result_of(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "late"),
+    [
+        ("fedper", "devices/1/0000003.safetensors"),  # within a round: some devices have kept its tensors, others not
+        ("user-embedding", "checkpoints/round-0003"),
+    ],
+)
+def test_devices_that_keep_tensors_go_on_with_them(tiny_world, tmp_path, method, late):
+    """Killed and resumed; the tensors a device keeps are results too, for a next round would begin with them."""
+    changes = (
+        f"personal.method={method}",
+        "federation.rounds=4",
+        "federation.cohort_size=all",
+        "privacy.max_participations=4",
+        "linear.enabled=false",
+        "export.users=0",
+    )
+    scenario = load_scenario(tiny_world(tmp_path), changes)
+    simulate(scenario, out=tmp_path / "whole", quiet=True)
+    campaign = f"campaigns/{scenario.adapter.technique}"
+    moments = [f"{campaign}/{place}" for place in ("devices/1/0000002.safetensors", late)]
+    (tmp_path / "killed").mkdir()
+    out = killed_and_resumed(scenario, tmp_path / "killed", moments)
+    assert result_of(out) == result_of(tmp_path / "whole")
+    assert kept_of(out) == kept_of(tmp_path / "whole") != {}
+
+
+def kept_of(out):
+    """What every device has kept for itself at the end."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.glob("campaigns/*/devices/*/0000004.*")}

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 import client.site
 import shared.features
+from client.home import open_home
 from client.site import TextFeatures
 from server.checkpoint import last_checkpoint
 from server.rounds import read_rounds
@@ -256,3 +258,50 @@ def test_five_devices_sum_in_secret_and_go_on_without_the_one_whose_owner_pauses
         told = json.loads(sottovoce("client", "status", "--json", "--home", str(fleet.home(device))))
         [standing] = told["campaigns"]
         assert standing["rounds_sent"] == (3 if device != 2 else last.total.replies - 12)
+
+
+@pytest.mark.parametrize("setting", ["federation.method=rolora", "personal.method=fedper"])
+def test_methods_that_take_turns_or_keep_a_part_live(tiny_world, tmp_path, setting):
+    """A part in turns goes round by round; a part that is kept never leaves the vaults, where it lies sealed."""
+    table, _, method = setting.replace("=", ".").split(".")
+    body = f'''
+{table}.method = "{method}"
+privacy.trust = "local"
+linear.enabled = false
+statistics.enabled = false
+'''
+    scenario = tiny_world(tmp_path, body=body)
+    text = scenario.read_text(encoding="utf-8").replace("max_participations = 1", "max_participations = 2")
+    text = text.replace("rounds = 3", "rounds = 2").replace("cohort_size = 4", "cohort_size = 2")
+    scenario.write_text(text.replace("export.users = 2", "export.users = 0"), encoding="utf-8")
+    loaded = load_scenario(scenario)
+    records = [user.fit for user in read(loaded.data.format, Path(loaded.data.source)).users[:2]]
+    fleet = make_fleet(tmp_path / "fleet", scenario, name="tiny", records=records)
+    with federation(fleet) as processes:
+        wait_for_end(fleet, processes, timeout_s=200)
+
+    campaign, rounds = read_campaign(fleet.campaign), read_rounds(fleet.campaign)
+    assert [(rounds[n].accepted, dict(rounds[n].rejected)) for n in (1, 2)] == [(2, {}), (2, {})]
+    last = last_checkpoint(fleet.campaign / "checkpoints", policy_sha256=campaign.policy.sha256)
+    moved = {name for name, array in last.arrays.items() if not np.array_equal(array, campaign.start[name])}
+    assert moved == {slot.name for slot in campaign.policy.array_slots()}
+    turns = [{slot.name for slot in campaign.policy.turn_slots(n)} for n in (1, 2)]
+    assert (turns[0] != turns[1]) is (method == "rolora")
+    for device in range(2):
+        place = ["--json", "--home", str(fleet.home(device))]
+        [standing] = json.loads(sottovoce("client", "status", *place))["campaigns"]
+        assert (standing["rounds_sent"], standing["rounds_used"], standing["rounds_allowed"]) == (2, 2, 2)
+        events = [event["event"] for event in json.loads(sottovoce("client", "history", *place))]
+        assert [event for event in events if event in ("spend", "release", "burn")] == ["spend", "release"] * 2
+        check_kept(open_home(fleet.home(device)), {"output.weight"} if method == "fedper" else set(), moved)
+
+
+def check_kept(home, names, shared):
+    """Exactly these tensors lie in a home's vault, not one of them shared, and nowhere in the clear."""
+    vault = home.vault()
+    kept = {tensor: array for name in vault.names("state/") for tensor, array in load(vault.open(name)).items()}
+    assert kept.keys() == names
+    assert not names & shared
+    for array in kept.values():
+        assert np.abs(array).max() > 0
+        assert not [p for p in home.folder.rglob("*") if p.is_file() and array.tobytes() in p.read_bytes()]

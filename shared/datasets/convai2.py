@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.errors import DataError
@@ -11,17 +11,19 @@ from .records import Dataset, Record, UserData, split_by_time
 
 PATTERN = "*_self_original*.txt"
 OWN, PARTNERS = "your persona:", "partner's persona:"
+PERSONA = "persona"  # the attribute of a profile that holds the lines
 MAX_COLUMNS = 4  # utterance, reply, an empty one, candidates
 _MEND = "Compare the file with the published one, or get it again."
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the partner said, and the persona's reply."""
+    """What the partner said, the persona's reply, and the candidates it stands among, parted by a bar."""
 
     line: int
     said: str
     reply: str
+    candidates: str
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ def read_convai2(folder: Path) -> Dataset:
 
     Returns:
         Personas by id, the start of the hash of their sorted lines, however many dialogues each has; each is split in
-        the order of the file. A record's time is its line, its item the numbers of dialogue and turn. There are no
-        public texts and no targets; candidates and the partner's persona are not read.
+        the order of the file. A record's time is its line, its item the numbers of dialogue and turn. A persona's
+        lines, sorted, are the attribute ``persona`` of its profile. Test records have the file's candidates, where it
+        has any. There are no public texts and no targets; the partner's persona is not read.
 
     Raises:
         DataError: There is no such file or more than one, or it is empty or holds a line that is not as published,
@@ -59,11 +62,28 @@ def read_convai2(folder: Path) -> Dataset:
     """
     path = _find_file(folder)
     rows: dict[str, list[Record]] = {}
+    personas: dict[str, str] = {}
+    candidates: dict[int, str] = {}  # line -> those of its exchange
     for number, dialogue in enumerate(_dialogues(path), start=1):
-        rows.setdefault(_user_id(dialogue.persona), []).extend(_records(number, dialogue.exchanges))
+        user = _user_id(dialogue.persona)
+        rows.setdefault(user, []).extend(_records(number, dialogue.exchanges))
+        personas[user] = " ".join(sorted(dialogue.persona))
+        candidates |= {each.line: each.candidates for each in dialogue.exchanges if each.candidates}
     if not any(rows.values()):
         raise DataError(f"{path} must hold at least one exchange, got none. {_MEND}")
-    return Dataset("convai2", tuple(UserData(user, *split_by_time(rows[user])) for user in sorted(rows)), ())
+    return Dataset("convai2", tuple(_user(user, rows[user], personas[user], candidates) for user in sorted(rows)), ())
+
+
+def _user(user: str, rows: list[Record], persona: str, candidates: dict[int, str]) -> UserData:
+    fit, validation, test = split_by_time(rows)
+    told = tuple(replace(row, candidates=_candidates(row, candidates.get(row.timestamp, ""))) for row in test)
+    return UserData(user, fit, validation, told, {PERSONA: persona})
+
+
+def _candidates(row: Record, column: str) -> tuple[str, ...]:
+    """Distinct, the reply first; none where the file has none."""
+    found = dict.fromkeys([row.response, *(text.strip() for text in column.split("|"))])
+    return tuple(text for text in found if text) if column else ()
 
 
 def _find_file(folder: Path) -> Path:
@@ -124,7 +144,8 @@ def _exchange(line: int, rest: str, persona: set[str]) -> Exchange:
         raise ValueError(f"an exchange must have 2 to {MAX_COLUMNS} columns parted by TAB, got {len(others) + 1}")
     if not persona:
         raise ValueError(f"a dialogue must begin with lines {OWN!r}, got an exchange")
-    return Exchange(line, _not_empty("the partner's utterance", said), _not_empty("the reply", others[0]))
+    candidates = others[-1].strip() if len(others) == MAX_COLUMNS - 1 else ""
+    return Exchange(line, _not_empty("the partner's utterance", said), _not_empty("the reply", others[0]), candidates)
 
 
 def _not_empty(name: str, text: str) -> str:

@@ -24,7 +24,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "text": (".txt", ".md"),
 }
-FIELDS = ("text", "target", "response", "item", "timestamp")
+FIELDS = ("text", "target", "response", "rejected", "item", "timestamp")
 MAX_RECORDS = 100_000  # many times what a device is expected to hold
 # Why a row, or a whole file, was left out.
 REASONS: Mapping[str, str] = {
@@ -32,7 +32,7 @@ REASONS: Mapping[str, str] = {
     "columns": "files without the columns named",
     "malformed": "rows that are not what the format says",
     "too-long": f"rows of more than {MAX_ROW_BYTES:,} bytes",
-    "text": "rows without the text or the response",
+    "text": "rows without the text, the response or what was rejected",
     "target": "rows whose target is no usable number",
     "item": "rows whose item is neither text nor number",
     "timestamp": "rows whose timestamp is neither seconds nor a date",
@@ -111,6 +111,8 @@ def check_columns(format: str, columns: Mapping[str, str]) -> dict[str, str]:
     unknown = sorted(set(columns) - set(FIELDS))
     if unknown or not all(columns.values()):
         raise DataError(f"columns must map {', '.join(FIELDS)} to names of columns, got {unknown or 'an empty name'}.")
+    if "rejected" in columns and "response" not in columns:
+        raise DataError("columns must name the column of response where they name that of rejected, got it alone.")
     if not {"text", "response"} & set(columns):
         raise DataError("columns must name the column of text or of response, got neither; such as text=review.")
     if format == "text" and (set(columns) - {"text", "response"} or set(columns.values()) != {PARAGRAPH}):
@@ -145,8 +147,10 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def record_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record | str:
     """The record of a row, or the reason why there is none."""
     values = {field: find(row, column) for field, column in columns.items()}
-    text, response = values.get("text", ""), values.get("response", "")
-    if not all(isinstance(value, str) and is_text(value) for value in (text, response)):
+    text, response, rejected = (values.get(field, "") for field in ("text", "response", "rejected"))
+    if not all(isinstance(value, str) and is_text(value) for value in (text, response, rejected)):
+        return "text"
+    if "rejected" in columns and not rejected.strip():
         return "text"
     if not (response if "response" in columns else text).strip():
         return "text"
@@ -159,7 +163,7 @@ def record_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Record | st
     timestamp = _seconds(values.get("timestamp"))
     if timestamp is None:
         return "timestamp"
-    return Record(text, target, item, timestamp, response)
+    return Record(text, target, item, timestamp, response, rejected)
 
 
 def find(row: Mapping[str, Any], column: str) -> Any:

@@ -16,7 +16,9 @@ class Record:
         target: What it is to predict.
         item: Published id of the thing the text describes.
         timestamp: Seconds since 1970.
-        response: What the user answered to the text; empty where the target is a number.
+        response: What the user answered to the text, or liked better; empty where the target is a number.
+        rejected: What the user liked less than the response; empty where nothing was compared.
+        candidates: Answers, the response among them, of which a dialogue's next one is to be found; for tests alone.
     """
 
     text: str
@@ -24,11 +26,13 @@ class Record:
     item: str
     timestamp: int
     response: str = ""
+    rejected: str = ""
+    candidates: tuple[str, ...] = ()
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, ...]:
         """What the model sees of the record."""
-        return self.text, self.response
+        return (self.text, self.response, self.rejected) if self.rejected else (self.text, self.response)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def check_dataset(found: object, format_name: str) -> Dataset:
             raise DataError(f"user {user.user!r} must occur once in data of format {format_name!r}, got it again.")
         seen.add(user.user)
         for record in user.train + user.test:
-            for name, text in (("text", record.text), ("response", record.response)):
+            for name, text in (("text", record.text), ("response", record.response), ("rejected", record.rejected)):
                 if not isinstance(text, str):
                     raise DataError(f"user {user.user!r}: {name} must be a string, got {type(text).__name__}.")
             if not math.isfinite(record.target):

@@ -1,7 +1,10 @@
 """Public splits by hash: of users, those constants are chosen on; of records, those nobody may train on."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
+
+import numpy as np
 
 from shared.errors import DataError, ScenarioError
 
@@ -90,6 +93,30 @@ def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
     kept = tuple(replace(user, fit=side[False]) for user, side in zip(dataset.users, sides, strict=True))
     taken = tuple(UserData(user.user, side[True], (), ()) for user, side in zip(dataset.users, sides, strict=True))
     return replace(dataset, users=kept), replace(dataset, users=taken)
+
+
+def deal_out(dataset: Dataset, *, seed: int = 0) -> Dataset:
+    """The negative control of personalisation: everybody's records dealt out anew, as many to each as before.
+
+    Args:
+        dataset: Any.
+        seed: Of the order they are dealt in.
+
+    Guarantee:
+        Each part of the split is dealt out by itself, so that a test record stays one; what a user states of themself
+        stays theirs. Parts are in the order of time.
+    """
+    random = np.random.default_rng(seed)
+
+    def dealt(part: Callable[[UserData], tuple[Record, ...]]) -> list[tuple[Record, ...]]:
+        records = [record for user in dataset.users for record in part(user)]
+        order = iter(random.permutation(len(records)).tolist())
+        hands = [[records[next(order)] for _ in part(user)] for user in dataset.users]
+        return [tuple(sorted(hand, key=lambda record: record.timestamp)) for hand in hands]
+
+    fit, validation, test = (dealt(part) for part in (lambda u: u.fit, lambda u: u.validation, lambda u: u.test))
+    parts = zip(dataset.users, fit, validation, test, strict=True)
+    return replace(dataset, users=tuple(replace(u, fit=f, validation=v, test=t) for u, f, v, t in parts))
 
 
 def _place(name: str, *content: str, purpose: str = "tuning users") -> float:

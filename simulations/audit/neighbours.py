@@ -17,6 +17,7 @@ from shared.errors import DataError
 from shared.features import Features
 from shared.flower import read_wire
 from shared.head import Head
+from shared.pairs import PairTargets
 from shared.policy import grid_of, hash_settings
 from shared.tasks import Labels, Scores, Targets
 from simulations.audit.assumptions import Path, Replay, Tape
@@ -126,8 +127,11 @@ def _row(features: Features, targets: Targets, place: int) -> Row:
 
 def inputs(rows: Sequence[Row]) -> tuple[Features, Targets]:
     """Records as a device hands them to training."""
-    wrap = Scores if not rows or isinstance(rows[0].target, float) else Labels
-    return Features([row.hidden for row in rows]), wrap([row.target for row in rows])
+    features = Features([row.hidden for row in rows])
+    if not rows or isinstance(rows[0].target, float):
+        return features, Scores([row.target for row in rows])
+    wrap = Labels if rows[0].target.dtype == np.int64 else PairTargets.of_rows
+    return features, wrap([row.target for row in rows])
 
 
 def few_devices(

@@ -16,7 +16,7 @@ from flwr.app import Context, Message
 
 from client.app import answer
 from client.device import SimulatedDevice
-from client.site import TextFeatures, Workbench, resident_base, resident_dataset, use_threads
+from client.site import TextFeatures, Workbench, campaign_dataset, resident_base, use_threads
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import last_checkpoint
 from shared import wire
@@ -284,6 +284,7 @@ def _check_playable(scenario: Scenario) -> None:
             record and trained.private
         ),
         "persona.choice = 'loss', a draw of its own": priced_choice(scenario),
+        "task.name = 'preference', whose records hold two texts": scenario.task.name == "preference",
     }
     for what, there in found.items():
         if there:
@@ -316,7 +317,7 @@ def open_subject(source: Path, *, overrides: tuple[str, ...] = (), folder: Path,
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
     base = resident_base(scenario.model.base, scenario.performance.device)
-    dataset = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
+    dataset = campaign_dataset(scenario)
     if found:
         texts = TextFeatures(base, scenario, dataset, quiet=quiet)
         last = last_checkpoint(found.folder / "checkpoints", policy_sha256=found.policy.sha256)
