@@ -19,6 +19,7 @@ from client.train import make_trainable
 from shared.adapter import load_start
 from shared.assets import resolve
 from shared.campaign import Campaign, certify, find_campaign
+from shared.compatible import check_prompt, choices
 from shared.config import DataConfig, Scenario
 from shared.datasets import Dataset, Record, choose_users, deal_out, hold_out, read
 from shared.errors import RefusedError, ScenarioError
@@ -64,7 +65,12 @@ def _resident_dataset(settings: str, held_out: float) -> Dataset:
 
 
 def campaign_dataset(scenario: Scenario) -> Dataset:
-    """The users of a simulated campaign, their records as they are trained on; test prompts stand alone."""
+    """The users of a simulated campaign, their records as they are trained on; test prompts stand alone.
+
+    Raises:
+        ScenarioError, PrivacyError: As ``check_prompt``: before anything is computed of prompts that may not be.
+    """
+    check_prompt(scenario, choices(scenario))
     found = resident_dataset(scenario.data, held_out=scenario.attack.held_out)
     prompt = scenario.prompt
     return (

@@ -256,3 +256,22 @@ def test_the_survey_page_quotes_what_was_measured():
     for cell in methods["cells"]:
         [line] = [line for line in page.splitlines() if line.startswith(f"| {cell['method']} |")]
         assert f"{cell['rmse'][0]:.4f}" in line
+
+
+def test_the_survey_page_quotes_what_was_measured_of_language():
+    page = (ROOT / "docs" / "survey.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs" / "measurements" / "language.json").read_text(encoding="utf-8"))
+    factor = {"perplexity": (1, 2), "accuracy": (100, 1)}
+    for runs in measured.values():
+        for run in runs.values():
+            scale, digits = factor[run["metric"]]
+            for row, scores in run["rows"].items():
+                if "shuffled" in run["command"] and row not in ("base", "federated", "personal"):
+                    continue
+                value, low, high = (scale * scores[run["metric"]][key] for key in ("value", "low", "high"))
+                assert f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" in page, (run["command"], row)
+    speed = json.loads((ROOT / "docs" / "measurements" / "bench-language.json").read_text(encoding="utf-8"))
+    assert all(goal["met"] for goal in speed["goals"].values())
+    for name in ("cached_last_4", "cached_last_1", "ours_all_layers"):
+        found = speed["ratios"][f"opacus_all_layers_over_{name}"]
+        assert f"{found['median']:.1f} [{found['low']:.1f}, {found['high']:.1f}]" in page
