@@ -162,6 +162,28 @@ def test_fedper_trains_an_output_of_each_device_and_shares_the_rest(tiny_base, t
     assert not np.array_equal(own[0], own[1])
 
 
+def test_fedsa_lora_shares_a_and_keeps_b_and_the_output_of_each_device(tiny_base, tmp_path):
+    federation, personal = {"method": "fedavg"}, PersonalConfig(method="fedsa-lora")
+    world = World(tiny_base, tmp_path, name="fedsa", rounds=3, federation=federation, personal=personal)
+    shared, kept = world.names_of("lora_A"), [*world.names_of("lora_B"), "output.weight"]
+    parameters = {n.replace(".default.weight", ""): each for n, each in world.head.named_parameters()}
+    own = [{name: np.zeros(parameters[name].shape, np.float32) for name in kept} for _ in (0, 1)]
+    played = world.play()
+    for number in (1, 2, 3):
+        arrays, both, after = played.arrays[number - 1], [], dict(played.arrays[number - 1])
+        for device in (0, 1):
+            load_shared(world.head, arrays)
+            for name, array in own[device].items():
+                parameters[name].data = torch.from_numpy(array.copy())
+            both.append(world.gradients(device, [*shared, *kept]))
+            own[device] = {name: array - 0.3 * both[-1][name] / 2 for name, array in own[device].items()}
+        for name in shared:
+            after[wire(name)] = arrays[wire(name)] - 0.2 * 0.3 * (both[0][name] + both[1][name]) / 4
+        close(played.arrays[number], after)
+    assert not all(np.array_equal(played.arrays[2][name], played.arrays[3][name]) for name in after)
+    assert not any(np.array_equal(own[0][name], own[1][name]) for name in kept)
+
+
 @pytest.mark.parametrize(
     ("personal", "shared", "kept"),
     [
