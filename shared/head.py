@@ -415,8 +415,7 @@ class CausalHead(Head):
         (base,) = self.base
         asked = labels != IGNORE
         weight: Any = base.family.vocabulary(base.model)
-        nll: Tensor = _TokenLoss.apply(self.states(hidden, mask)[asked], weight, labels[asked])  # type: ignore[no-untyped-call]
-        return nll, asked.nonzero()[:, 0]
+        return token_nll(self.states(hidden, mask)[asked], weight, labels[asked]), asked.nonzero()[:, 0]
 
     @torch.no_grad()
     def token_scores(self, hidden: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -461,6 +460,12 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return outer[0][:, None] * gradient, None, None
+
+
+def token_nll(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood (N,) of labels at states (N, d) under a frozen vocabulary (V, d)."""
+    nll: Tensor = _TokenLoss.apply(states, weight, labels)  # type: ignore[no-untyped-call]
+    return nll
 
 
 def make_head(base: Base, scenario: Scenario, *, public_texts: int = 0) -> Head:

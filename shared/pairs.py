@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import ScenarioError
 from shared.features import Features, micro_batches
+from shared.head import token_nll
 from shared.model import Base
 from shared.tasks import IGNORE, Encoded
 
-_CHUNK_TOKENS = 128  # whose logits are in memory at once
 _LARGEST_ID = 2**24  # whole numbers up to here are float32 numbers
 
 
@@ -155,18 +154,9 @@ def base_margins(base: Base, features: Features, targets: PairTargets, *, blocks
         for block in base.family.blocks(base.model)[base.num_blocks - blocks :]:
             hidden = base.family.run(base.model, block, hidden, segments)
         asked = labels != IGNORE
-        nll = _token_nll(base.family.finish(base.model, hidden)[asked], weight, labels[asked])
+        nll = token_nll(base.family.finish(base.model, hidden)[asked], weight, labels[asked])
         found[rows] = margins(nll, asked.nonzero()[:, 0], segments=segments, labels=labels).double().cpu().numpy()
     return found
-
-
-def _token_nll(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood (N,) of labels at states (N, d)."""
-    nll = states.new_empty(len(states))
-    for start in range(0, len(states), _CHUNK_TOKENS):
-        rows = slice(start, start + _CHUNK_TOKENS)
-        nll[rows] = F.cross_entropy(states[rows] @ weight.T, labels[rows], reduction="none")
-    return nll
 
 
 @torch.inference_mode()
