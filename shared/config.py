@@ -313,6 +313,7 @@ class EvaluationConfig(Settings):
     cold_start: tuple[NaturalCount, ...] = (0, 1, 2, 5, 10, 20, 50)  # own records a user is scored with
     groups: tuple[str, ...] = ()  # attributes of profiles that users opted in to be compared by
     candidates: NaturalCount = 0  # generation: answers among which a dialogue's next one is to be found; ConvAI2 has 20
+    swapped: bool = False  # generation: also every user's private part on the test records of another user
     answers: NaturalCount = 0  # generation: test prompts of each user that are answered, and the answers compared
     answer_tokens: Count = 48  # the longest answer
     judge: JudgeName = "rouge-l"  # which of two answers is better, for win rates
@@ -372,6 +373,15 @@ class Scenario(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     attack: AttackConfig = AttackConfig()
     performance: PerformanceConfig = PerformanceConfig()
+
+    @model_validator(mode="after")
+    def _asks_what_its_task_has(self) -> Self:
+        asked = [name for name in ("candidates", "swapped", "answers") if getattr(self.evaluation, name)]
+        if asked and self.task.name != "generation":
+            raise ValueError(
+                f"evaluation.{asked[0]} is for task.name = 'generation', got {self.task.name!r}; leave it out."
+            )
+        return self
 
     def seeds(self) -> list[int]:
         """The seeds of the run: everything that is drawn is drawn anew for each."""

@@ -1,4 +1,4 @@
-"""LaMP around a run: predictions in LaMP's own files, and stand-ins in LaMP's format made of other ratings."""
+"""LaMP around a run: predictions in LaMP's own files, and stand-ins in LaMP's format made of other data."""
 
 import json
 import os
@@ -31,6 +31,7 @@ _ASK_TAG = (
     "Which tag does this movie relate to among the following tags? Just answer with the tag name without further "
     f"explanation. tags: [{', '.join(TAGS)}] description: "
 )
+_ASK_HEADLINE = "Generate a headline for the following article: "
 
 
 def write_predictions(scenario: Scenario, dataset: Dataset, row: Any, *, folder: Path) -> Path | None:
@@ -109,26 +110,28 @@ class Made:
 
 @dataclass(frozen=True)
 class _Form:
-    """How ratings are put as one of LaMP's tasks."""
+    """How records are put as one of LaMP's tasks."""
 
     number: int
     ask: str
     text: str
     answer: str
     answers: Callable[[Sequence[Record]], list[str]]  # of one user's records, the question's last
+    kept: Callable[[Sequence[Record]], tuple[Record, ...]] = tuple  # those a question or a profile can be made of
 
 
 def make(format: str, source: str, *, task: str, out: Path, split: str = "time", quiet: bool = False) -> Made:
-    """Write a stand-in for LaMP-2 or LaMP-3, in LaMP's format, of ratings that another reader reads.
+    """Write a stand-in for LaMP-2, 3 or 4, in LaMP's format, of what another reader reads.
 
     LaMP's own files may not be passed on. A stand-in has their form and none of their content: its numbers say nothing
     about LaMP.
 
     Args:
-        format: Of the ratings, a name in ``READERS``.
+        format: Of the data, a name in ``READERS``.
         source: ``asset:NAME`` or a folder.
         task: ``lamp-3``: a text's score is its rating. ``lamp-2``: its tag is ``loved``, ``fine`` or ``disliked``, as
             the rating is above, within half a point of or below the mean of all this user's ratings but the last.
+            ``lamp-4``: a text's headline is its response; records without a text or a response are left out.
         out: A folder that does not exist.
         split: ``time``: a user's last record is the question of split dev, the one before it that of split train, and
             questions have a ``user_id``, profile items a date. ``user``: every fifth user's last record is a question
@@ -137,16 +140,18 @@ def make(format: str, source: str, *, task: str, out: Path, split: str = "time",
 
     Raises:
         AssetError: The source cannot be had.
-        DataError: It is not as its format says, holds no such ratings or no user with two, or ``out`` exists.
+        DataError: It is not as its format says, holds no such records or no user with two, or ``out`` exists.
     """
     form = FORMS[task]
     if out.exists():
         raise DataError(f"--out must name a folder that does not exist yet, got {out}; name another, or remove it.")
     dataset = read(format, resolve(source, quiet=quiet))
-    users = [user for user in dataset.users if len(user.train + user.test) >= 2]
-    if not users:
-        raise DataError(f"data of format {format!r} must hold a user with two records or more, got none.")
-    histories = [_History(user.user, rows := user.train + user.test, form.answers(rows)) for user in users]
+    whole = {user.user: form.kept(user.train + user.test) for user in dataset.users}
+    histories = [_History(user, rows, form.answers(rows)) for user, rows in whole.items() if len(rows) >= 2]
+    if not histories:
+        raise DataError(
+            f"data of format {format!r} must hold a user with two records or more that {task} can be made of, got none."
+        )
     asked = _by_time(histories) if split == "time" else _by_user(histories)
     public = tuple(dict.fromkeys(_line(text) for text in dataset.public_texts))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +240,14 @@ def _tag(apart: float) -> str:
     return loved if apart > _AROUND else disliked if apart < -_AROUND else fine
 
 
+def _answered(records: Sequence[Record]) -> tuple[Record, ...]:
+    return tuple(record for record in records if record.text.strip() and record.response.strip())
+
+
+def _headlines(records: Sequence[Record]) -> list[str]:
+    return [_line(record.response) for record in records]
+
+
 def _date(record: Record) -> dict[str, str]:
     return {"date": f"{datetime.fromtimestamp(record.timestamp, UTC):%Y-%m-%d}"}
 
@@ -246,4 +259,5 @@ def _line(text: str) -> str:
 FORMS = {
     "lamp-2": _Form(2, _ASK_TAG, "description", "tag", _tags),
     "lamp-3": _Form(3, _ASK_SCORE, "text", "score", _scores),
+    "lamp-4": _Form(4, _ASK_HEADLINE, "text", "title", _headlines, _answered),
 }

@@ -11,6 +11,7 @@ from shared.adapter import Arrays, load_shared, load_start, read_shared, read_st
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, UserData
 from shared.datasets.candidates import with_candidates
+from shared.errors import ScenarioError
 from shared.head import CausalHead
 from shared.language_metrics import (
     LANGUAGE_METRICS,
@@ -26,6 +27,7 @@ from shared.scoring import response_scores
 from simulations.next_utterance import NextUtterance
 
 PROFILE = " + profile"  # of a row whose prompts have before them what [prompt] says
+SWAPPED = "personal of another"  # row of private parts on the records of a user they were not fitted to
 
 
 class LanguageObserver:
@@ -36,7 +38,8 @@ class LanguageObserver:
         quiet: No progress on stderr.
 
     Raises:
-        ScenarioError: The personal method has no form for language models.
+        ScenarioError: The personal method has no form for language models, or there is nobody to swap private parts
+            with.
     """
 
     def __init__(
@@ -61,6 +64,9 @@ class LanguageObserver:
                 for addition, (shown, _) in self._prompts().items()
             }
         self._test_users = np.array([i for i, user in enumerate(dataset.users) for _ in user.test], dtype=np.int64)
+        if scenario.evaluation.swapped and len(dataset.users) < 2:
+            raise ScenarioError(f"evaluation.swapped needs two users or more, got {len(dataset.users)}; set it false.")
+        self._other = another(len(dataset.users), seed=scenario.seed)
 
     def asked(self) -> dict[str, Dataset]:
         """What is added to a row's name -> the users with the test prompts of such rows."""
@@ -128,10 +134,16 @@ class LanguageObserver:
         prompts = self._prompts()
         parts: dict[str, list[TokenScores]] = {name + addition: [] for addition in prompts}
         users = track(self._dataset.users, description="fine-tuning", unit="user", quiet=self._quiet)
+        swapped: dict[int, TokenScores] = {}
         for i, _ in enumerate(users):
             load_shared(self.head, self.private_arrays(arrays, i))
             for addition, (dataset, texts) in prompts.items():
                 parts[name + addition].append(self._test(dataset.users[i].test, texts, addition))
+            if name == "personal" and self._scenario.evaluation.swapped:
+                other = self._other[i]
+                swapped[other] = self._test(self._dataset.users[other].test, self._texts, "")
+        if swapped:
+            parts[SWAPPED] = [swapped[i] for i in sorted(swapped)]
         return {row: TokenScores.joined(of_users) for row, of_users in parts.items()}
 
     def _prompts(self) -> dict[str, tuple[Dataset, TextFeatures]]:
@@ -160,6 +172,20 @@ def fine_tuned(
     return fit_lora(
         head, arrays, texts.of(records), texts.targets(records), personal=scenario.personal, generator=order
     )
+
+
+def another(users: int, *, seed: int) -> list[int]:
+    """For each of so many users another one, drawn, nobody twice.
+
+    Example:
+        >>> found = another(5, seed=1)
+        >>> sorted(found), any(i == other for i, other in enumerate(found))
+        ([0, 1, 2, 3, 4], False)
+    """
+    order = np.random.default_rng(seed).permutation(users)
+    found = np.empty(users, dtype=np.int64)
+    found[order] = np.roll(order, 1)  # one cycle through everybody
+    return [int(other) for other in found]
 
 
 def _all(dataset: Dataset, part: Callable[[UserData], Sequence[Record]]) -> list[Record]:

@@ -24,6 +24,7 @@ SCHEMA = 2
 _COMPARED = (
     ("personal", "local"),
     ("personal", "federated"),
+    ("personal", "personal of another"),
     ("personal", "pooled"),
     ("personal", "persona"),
     ("persona", "federated"),

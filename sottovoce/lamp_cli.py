@@ -16,9 +16,11 @@ _MAKE = """\
 examples:
   sottovoce lamp make --from movielens-100k asset:ml-100k --task lamp-3 --out data/lamp-3
   sottovoce lamp make --from movielens-100k asset:ml-100k --task lamp-2 --out data/lamp-2
+  sottovoce lamp make --from sotu builtin:sotu --task lamp-4 --out data/lamp-4
 
 What is made has LaMP's form and none of its content: its numbers say nothing about LaMP. lamp-3 asks for a rating,
-lamp-2 whether a user loved or disliked a film, or found it fine: above, below or around the mean of their own ratings.
+lamp-2 whether a user loved or disliked a film, or found it fine: above, below or around the mean of their own ratings,
+lamp-4 for what the user wrote after a text.
 """
 
 
@@ -44,14 +46,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     scoring.set_defaults(handler=_score)
     making = actions.add_parser(
         "make",
-        help="write a stand-in in LaMP's format, of ratings in another",
-        description="Write a stand-in for LaMP-2 or LaMP-3, in LaMP's format, of ratings in another.",
+        help="write a stand-in in LaMP's format, of data in another",
+        description="Write a stand-in for LaMP-2, 3 or 4, in LaMP's format, of data in another.",
         epilog=_MAKE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    making.add_argument("source", metavar="SOURCE", help="where the ratings lie: a folder, or asset:NAME")
+    making.add_argument("source", metavar="SOURCE", help="where the data lie: a folder, asset:NAME or builtin:NAME")
     making.add_argument("--from", dest="format", required=True, metavar="FORMAT", help="theirs; see: sottovoce list")
-    making.add_argument("--task", required=True, choices=("lamp-2", "lamp-3"), help="what is asked")
+    making.add_argument("--task", required=True, choices=("lamp-2", "lamp-3", "lamp-4"), help="what is asked")
     making.add_argument("--split", choices=("time", "user"), default="time", help="LaMP's two ways (default: time)")
     making.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     making.add_argument("--quiet", action="store_true", help="no progress")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from shared.assets import resolve
 from shared.config import TaskConfig, load_scenario
 from shared.datasets import Dataset, Record, UserData, read
 from shared.errors import DataError, ScenarioError
@@ -149,6 +150,48 @@ def test_what_is_no_rating_makes_no_stand_in(tmp_path, tiny, task, said):
     with pytest.raises(DataError, match=said):
         make("convai2", str(folder), task=task, out=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dialogues"]
+
+
+def test_a_headline_is_what_the_user_wrote_after_a_text(tmp_path):
+    made = make("sotu", "builtin:sotu", task="lamp-4", out=tmp_path / "lamp")
+    source = {user.user: user.train + user.test for user in read("sotu", resolve("builtin:sotu")).users}
+    found = read("lamp-4", made.folder)
+    assert made.questions == {"train": 43, "dev": 43}
+    for user in found.users:
+        wrote = [(" ".join(record.text.split()), " ".join(record.response.split())) for record in source[user.user]]
+        assert [(record.text, record.response) for record in user.train + user.test] == wrote
+        assert len(user.test) == 1
+
+
+@pytest.mark.slow
+def test_the_answers_of_a_run_score_in_lamps_way_as_in_ours(tiny, tiny_llama, tiny_base, tmp_path, capsys):
+    """LaMP-4 on a stand-in: what the devices' runtime answers is in the file of predictions, and scores alike."""
+    folder = tmp_path / "lamp"
+    dialogues = tiny.tiny_dialogues(tmp_path / "dialogues")
+    command = ["lamp", "make", str(dialogues), "--from", "convai2", "--task", "lamp-4", "--out", str(folder)]
+    assert main(command) == 0
+    body = f"""
+evaluation.answers = 1
+evaluation.answer_tokens = 6
+evaluation.swapped = true
+prompt.records = 1
+prompt.encoder = "{tiny_base.folder}"
+"""
+    scenario = load_scenario(
+        tiny.tiny_generation(tmp_path, base=tiny_llama, data=folder, body=body),
+        ("export.users=0", "data.format=lamp-4"),
+    )
+    summary = simulate(scenario, out=tmp_path / "run", quiet=True)
+    capsys.readouterr()
+    files = [str(tmp_path / "run" / "predictions.json"), str(folder / "dev_outputs.json")]
+    assert main(["lamp", "score", *files, "--json"]) == 0
+    found, row = json.loads(capsys.readouterr().out), summary["answers"]["rows"]["personal + profile"]
+    assert found["questions"] == summary["answers"]["answers"]
+    assert found["rouge-1"] == pytest.approx(row["rouge_1"]["value"], abs=1e-12)
+    assert found["rouge-L"] == pytest.approx(row["rouge_l"]["value"], abs=1e-12)
+    rows = summary["rows"]
+    assert rows["personal of another"]["nll"]["value"] != rows["personal"]["nll"]["value"]
+    assert "personal - personal of another" in summary["differences"]
 
 
 def test_predicted_scores_are_written_to_the_last_digit(tiny_world, ratings, tmp_path):
