@@ -5,7 +5,7 @@ In a simulation one process plays many devices; each call reads only the records
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from shared.errors import RefusedError, ScenarioError
 from shared.features import Features, cached_features, compute_hidden
 from shared.head import Head
 from shared.model import Base, load_base
-from shared.pairs import join, joined_labels
+from shared.pairs import PairTargets, join, joined_labels
 from shared.tasks import TASKS, Key, Labels, Scores, Targets
 
 _EMBEDDED_TOKENS = 256  # of a text, by the encoder that finds similar ones
@@ -127,30 +127,54 @@ def feature_cache() -> Path:
 
 
 class TextFeatures:
-    """Backbone outputs of every distinct input of a data set, looked up by record."""
+    """Backbone outputs of every distinct input of a data set, looked up by record; computed when first asked for.
+
+    Args:
+        base: The frozen base.
+        scenario: Task, cut and longest text.
+        dataset: Whose records, and which public texts.
+        quiet: No progress on stderr.
+
+    Raises:
+        ScenarioError: The task cannot be made of these records.
+    """
 
     def __init__(self, base: Base, scenario: Scenario, dataset: Dataset, *, quiet: bool = True) -> None:
         self._public: list[Key] = [(text, "") for text in dataset.public_texts]
         keys = dict.fromkeys(self._public)
         keys.update(dict.fromkeys(r.key for user in dataset.users for r in (*user.train, *user.test)))
         self.row = {key: i for i, key in enumerate(keys)}
-        encoded = TASKS[scenario.task.name](base, list(keys), scenario)
-        self._labels, self._pairs = encoded.labels, None
-        blocks, micro_batch = base.head_blocks(scenario.model.head_blocks), scenario.performance.micro_batch
+        self._encoded = TASKS[scenario.task.name](base, list(keys), scenario)
+        self._base, self._quiet = base, quiet
+        self._blocks, self._micro_batch = base.head_blocks(scenario.model.head_blocks), scenario.performance.micro_batch
 
-        def hidden(token_ids: list[list[int]]) -> Features:
-            return cached_features(base, token_ids, head_blocks=blocks, cache=feature_cache(), quiet=quiet)
-
+    @cached_property
+    def _computed(self) -> tuple[Features, PairTargets | None]:
+        """Of every input, and where two answers are compared what is compared."""
+        encoded, base, blocks = self._encoded, self._base, self._blocks
+        chosen = self._hidden(encoded.token_ids)
         if encoded.rejected is None:
-            self.all = hidden(encoded.token_ids)
-        else:
-            chosen, rejected = hidden(encoded.token_ids), hidden(encoded.rejected.token_ids)
-            labels = joined_labels(encoded)
-            self.all, self._pairs = join(base, chosen, rejected, labels, blocks=blocks, micro_batch=micro_batch)
+            return chosen, None
+        rejected = self._hidden(encoded.rejected.token_ids)
+        return join(base, chosen, rejected, joined_labels(encoded), blocks=blocks, micro_batch=self._micro_batch)
+
+    def _hidden(self, token_ids: list[list[int]]) -> Features:
+        return cached_features(
+            self._base, token_ids, head_blocks=self._blocks, cache=feature_cache(), quiet=self._quiet
+        )
+
+    @property
+    def all(self) -> Features:
+        """Backbone outputs of every distinct input, in the order of ``row``."""
+        return self._computed[0]
+
+    def compute(self) -> None:
+        """Do the work now, where progress is shown and no worker repeats it."""
+        self._computed  # noqa: B018
 
     def public(self) -> Features:
-        """Backbone outputs of the texts the policy names as public."""
-        return self.all.select([self.row[key] for key in self._public])
+        """Backbone outputs of the texts the policy names as public; nothing is computed where there are none."""
+        return self.all.select([self.row[key] for key in self._public]) if self._public else Features([])
 
     def rows(self, records: Sequence[Record]) -> list[int]:
         """Where the inputs of records stand in ``all``."""
@@ -162,11 +186,12 @@ class TextFeatures:
 
     def targets(self, records: Sequence[Record]) -> Targets:
         """What records are to predict, in their order."""
-        if self._pairs is not None:
-            return self._pairs.select(self.rows(records))
-        if self._labels is None:
+        pairs = self._computed[1] if self._encoded.rejected else None
+        if pairs is not None:
+            return pairs.select(self.rows(records))
+        if self._encoded.labels is None:
             return Scores([record.target for record in records])
-        return Labels([self._labels[row] for row in self.rows(records)])
+        return Labels([self._encoded.labels[row] for row in self.rows(records)])
 
 
 @dataclass

@@ -192,7 +192,10 @@ def _prepare(scenario: Scenario, *, quiet: bool) -> tuple[list[Plan], Base, Data
     check_labels(scenario)
     base = resident_base(scenario.model.base, scenario.performance.device)
     exported = exported_users(scenario, dataset)
-    return plan_campaigns(scenario, base, dataset, quiet=quiet), base, dataset, exported
+    plans = plan_campaigns(scenario, base, dataset, quiet=quiet)
+    for texts in {id(plan.texts): plan.texts for plan in plans}.values():
+        texts.compute()
+    return plans, base, dataset, exported
 
 
 def _describe_run(scenario: Scenario, command: str) -> dict[str, Any]:

@@ -135,3 +135,16 @@ def test_token_scores_by_hand():
         score_tokens(
             TokenScores(np.array([np.nan]), np.ones(1), np.ones(1)), users[:1], reference=scores, seed=0, resamples=2
         )
+
+
+def test_a_plan_passes_no_text_through_the_base(scenario_file, monkeypatch):
+    """Nothing public is to be whitened, so that what a run would cost is said at once."""
+    import client.site
+    from simulations.dry_run import describe
+
+    def never(*args, **kwargs):
+        raise AssertionError("the backbone ran")
+
+    monkeypatch.setattr(client.site, "cached_features", never)
+    plan = describe(load_scenario(scenario_file), quiet=True)
+    assert plan["campaigns"]["lora"]["bytes_per_round"]["up"] > 0
