@@ -137,7 +137,8 @@ def plan_campaigns(scenario: Scenario, base: Base, dataset: Dataset, *, quiet: b
     check_task(scenario.personal.method, scenario.task.name)
     linear = scenario.linear_campaign()
     bare = "kernel" if scenario.adapter.kernel_features else "linear"
-    main = bare if base.head_blocks(scenario.model.head_blocks) == 0 else "lora"
+    trained = "prompt-tuning" if scenario.adapter.technique == "prompt-tuning" else "lora"
+    main = bare if base.head_blocks(scenario.model.head_blocks) == 0 else trained
     wanted = [(main, "", scenario)] + ([("linear", "-linear", linear)] if linear else [])
     texts = {suffix: TextFeatures(base, each, dataset, quiet=quiet) for _, suffix, each in wanted}
     seeds = scenario.seeds()

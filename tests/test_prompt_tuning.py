@@ -396,6 +396,7 @@ def test_a_whole_simulation_trains_them_privately_and_exports_an_answering_head(
     summary = simulate(settings, out=tmp_path / "out", quiet=True)
     assert summary["privacy"]["epsilon"] <= 8.0
     assert summary["differences"]["personal - base"]["perplexity"]["high"] < 0
+    assert [campaign.name for campaign in (tmp_path / "out" / "campaigns").iterdir()] == [technique]
     [written] = summary["heads"]
     assert written["parity_max_abs"] <= 1e-3
     head = open_generator(tmp_path / "out" / written["path"])
