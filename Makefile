@@ -12,7 +12,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo check check-all wheels-aarch64 clean
+.PHONY: help demo check check-all faults wheels-aarch64 clean
 help: ## show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -28,6 +28,9 @@ check: $(VENV)/.dev ## lint, format, types, fast tests
 
 check-all: check ## the same, then the slow tests: real assets, whole runs, a browser
 	$(BIN)/python -m pytest -m slow
+
+faults: $(VENV)/.dev ## play the fault matrix of docs/faults.md and count it: real processes, takes long
+	$(BIN)/python -m pytest tests -m fault --faults docs/measurements/faults.json
 
 wheels-aarch64: $(VENV)/bin/python ## which wheels 64-bit Arm Linux gets, from package metadata: all there, how large
 	$(BIN)/python tests/wheels.py aarch64

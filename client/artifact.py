@@ -111,6 +111,9 @@ def read_manifest(files: Files, *kinds: str, signers: Collection[str] | None = N
     if schema != SCHEMA or kind not in kinds:
         other = KINDS.get(kind) if isinstance(kind, str) and schema == SCHEMA else None
         hint = f"that is for sottovoce client {other[2]}" if other else "name the right folder"
+        if type(schema) is int and schema != SCHEMA:
+            newer = "a newer Sottovoce wrote it, install that version"
+            hint = newer if schema > SCHEMA else "an earlier Sottovoce wrote it, export or personalize again"
         found = other[0] if other else (schema, kind)
         raise HeadError(f"{path} must describe {what} of schema {SCHEMA}, got {found}; {hint}.")
     return dict(manifest)

@@ -177,10 +177,12 @@ def read_chat(model_folder: Path) -> dict[str, Any]:
     try:
         entries = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         template = path.read_text(encoding="utf-8") if path.is_file() else entries.get("chat_template")
-    except (ValueError, AttributeError):
+        if isinstance(template, list):  # several by name, as older files have them
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError("a template must be text")
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise HeadError(f"{config} and {path.name} must be JSON and text in UTF-8, got neither; mend them.") from None
-    if isinstance(template, list):  # several by name, as older files have them
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if template is None:
         return {}
     compile_template(template)
@@ -209,7 +211,7 @@ def compile_template(template: str) -> jinja2.Template:
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     try:
         return environment.from_string(template)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError, ValueError) as error:
         raise HeadError(f"a chat template must be Jinja, got: {type(error).__name__}; mend the model's.") from None
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from client.dashboard_cli import add_dashboard
 from client.owner_cli import add_parsers
 from client.place import open_owner_home
 from client.remember_cli import add_remember, remembering_of
 from client.serve_cli import add_serve
-from client.service_cli import add_join
+from client.service_cli import add_join, add_schedule
 from shared.errors import HeadError
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def add_parser(subparsers: "Subparsers") -> None:
     commands = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_parsers(commands)
     add_serve(commands)
+    add_dashboard(commands)
     add_join(commands)
+    add_schedule(commands)
     parser = commands.add_parser(
         "predict",
         help="predict with a personal head; needs neither torch nor a network",

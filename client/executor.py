@@ -11,6 +11,13 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+# Before flwr is imported, which reads it once. A SuperNode gives a part 30 s to arrive, or says it all again, for ever.
+os.environ.setdefault("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", str(2**19))
+
+# Before flwr is imported: it reads these once.
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+
 from flwr.app import Context, Message
 
 from client.home import Home

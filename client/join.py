@@ -3,6 +3,8 @@
     server.json ca.crt     of whom: kept in the home by the first join
     flower/                the SuperNode's: log, secret, Flower's own files, the lock of the one service
     run/control.sock       the owner's; see client/control.py
+    schedule.json          when to take part, if not always; see client/schedule.py
+    log/service.log        what the service did
 
 Two homes on one machine share nothing: each has its own folder, ports, socket and processes.
 """
@@ -10,6 +12,7 @@ Two homes on one machine share nothing: each has its own folder, ports, socket a
 import fcntl
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +33,7 @@ from client.home import Home
 from client.log import note
 from client.owner import set_paused, status
 from client.private_files import disk_errors, private_folder, write_private
+from client.schedule import Gate
 from client.supernode import ONLINE, STARTING, SuperNode
 from shared.errors import HeadError, SottovoceError, StoreError
 
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from client.runtime import FleetBase
 
 _SERVER, _CA = "server.json", "ca.crt"
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LAST_ROUND_S = 1.0  # what a round gets to end in, when the service is stopped
 
 
@@ -102,7 +107,7 @@ def read_invitation(server: str | None, *, ca: Path | None, home: Path) -> Invit
 def _read_folder(folder: Path) -> Invitation:
     try:
         found = json.loads(_read(folder / _SERVER))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return _checked(found, _read(folder / _CA), named=str(folder / _SERVER))
 
@@ -121,7 +126,7 @@ def _checked(found: Any, certificate: bytes, *, named: str) -> Invitation:
         raise StoreError(f"{named} must name the address and the port of a server, it does not.") from None
     try:
         x509.load_pem_x509_certificate(certificate)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise StoreError(
             f"the authority's certificate for {named} must be PEM, it is not; get ca.crt from the operator."
         ) from None
@@ -142,8 +147,8 @@ class Service:
     Args:
         home: The owner's.
         base: Folder of the fleet's ONNX base, for predictions.
-        on_state: Told whenever it changes: ``starting``, ``waiting``, ``training``, ``offline``, ``not-enrolled``,
-            ``distrusted`` or ``wrong-clock``.
+        on_state: Told whenever it changes: ``starting``, ``waiting``, ``training``, ``offline``, ``away``,
+            ``not-enrolled``, ``distrusted``, ``wrong-clock`` or ``stuck``.
     """
 
     def __init__(self, home: Home, *, base: Path | None = None, on_state: Callable[[str], object] = str) -> None:
@@ -154,6 +159,8 @@ class Service:
         self._link, self._training, self._answered = STARTING, False, 0
         self._started = self._since = _now()
         self._contact: str | None = None
+        self._gate: Gate | None = None
+        self._node: SuperNode | None = None
 
     @property
     def state(self) -> str:
@@ -173,6 +180,17 @@ class Service:
             self._training = training
             self._contact = _now()
             self._answered += not training
+
+    def follow(self, node: SuperNode, gate: Gate) -> None:
+        """Have the SuperNode be there while the gate is open, and away while it is not; called again and again."""
+        self._node, self._gate = node, gate
+        before = set(gate.reasons)
+        if gate.is_open():
+            node.wake()
+        else:
+            for name in sorted(set(gate.reasons) - before):
+                note("away", condition=name if _PLAIN.fullmatch(name) else "other")
+            node.rest()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -197,6 +215,9 @@ class Service:
                 "tasks_answered": self._answered,
                 "last_contact": _now() if self._link == ONLINE else self._contact,
                 "rss_bytes": _resident_bytes(),
+                "schedule": dict(self._gate.conditions) if self._gate else {},
+                "unmet": dict(self._gate.reasons) if self._gate else {},
+                "retry": _retry(self._node.retry if self._node else None),
             }
         try:
             return {"service": service, "home": status(self._home), "problem": None}
@@ -280,11 +301,13 @@ def join(
         )
         with _stopped_by_signals(service.stopping), serve_control(home.folder, service):
             note("service", state="started")
+            gate = Gate(home.folder)
+            service.follow(node, gate)
             node.start()
             try:
                 worker.start()
                 while worker.is_alive() and not service.stopping.wait(1.0):
-                    pass
+                    service.follow(node, gate)
             finally:
                 died = not service.stopping.is_set()
                 service.stopping.set()
@@ -327,6 +350,10 @@ def _stopped_by_signals(stopping: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _retry(found: tuple[int, float] | None) -> dict[str, float] | None:
+    return None if found is None else {"failures": found[0], "in_s": round(found[1], 1)}
 
 
 def _now() -> str:

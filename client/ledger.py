@@ -259,6 +259,28 @@ class Ledger:
         self._log.load()
         return tuple(self._log.events)
 
+    def kept_replies(self) -> frozenset[tuple[str, int]]:
+        """Policy and round of every reply whose bytes are kept: the newest of each campaign, unless not noised.
+
+        Raises:
+            LedgerError: The ledger cannot be used.
+        """
+        with file_errors(self.path):
+            found = self._log.connection.execute("SELECT policy, round FROM outbox").fetchall()
+        return frozenset((str(policy), int(number)) for policy, number in found)
+
+    def kept_reply(self, *, policy: str, round_number: int) -> bytes | None:
+        """The very bytes that were released in a round; None where they are not kept.
+
+        Raises:
+            LedgerError: The ledger cannot be used, or they are not those that were released.
+        """
+        account = self._log.load().accounts.get(policy)
+        if account is None:
+            return None
+        with file_errors(self.path):
+            return self._kept(account, round_number)
+
     def _set_paused(self, paused: bool) -> None:
         with self._log.transaction() as book:
             if book.paused is not paused:
@@ -280,15 +302,19 @@ class Ledger:
             return None, "CONFLICT"
         if round_number not in account.releases:
             return None, "BURNT"
+        payload = self._kept(account, round_number)
+        return payload, "ROUND" if payload is None else None
+
+    def _kept(self, account: Account, round_number: int) -> bytes | None:
         found = self._log.connection.execute(
             "SELECT payload FROM outbox WHERE policy = ? AND round = ?", (account.consent.policy, round_number)
         ).fetchone()
         if found is None:
-            return None, "ROUND"
+            return None
         payload = bytes(found[0])
-        if hashlib.sha256(payload).hexdigest() != account.releases[round_number]:
+        if hashlib.sha256(payload).hexdigest() != account.releases.get(round_number):
             raise DamagedError(f"the reply of round {round_number} must be the one released, its bytes have changed.")
-        return payload, None
+        return payload
 
     def _now(self) -> datetime:
         return max(self._clock().astimezone(UTC), latest_time(self._log.events))

@@ -240,7 +240,8 @@ def check_caps(book: Book, *, nano: int, femto: int) -> None:
             )
 
 
-_AMOUNTS = ("seq", "nano_epsilon", "femto_delta", "cap_nano_epsilon", "cap_femto_delta")
+_AMOUNTS = ("seq", "nano_epsilon", "femto_delta")
+_CAPS = {"cap_nano_epsilon": "nano_epsilon", "cap_femto_delta": "femto_delta"}  # -> what is reserved of it
 
 
 def anchor_of(events: Sequence[Event]) -> bytes:
@@ -259,17 +260,19 @@ def anchor_of(events: Sequence[Event]) -> bytes:
 
 
 def read_anchor(stored: bytes) -> dict[str, Any]:
-    """The fields of an anchor.
+    """The fields of an anchor. The first version's named no caps: of those, what was reserved is all that is known.
 
     Raises:
         LedgerError: It is not one.
     """
     try:
         anchor = json.loads(stored)
-        amounts = [anchor[name] for name in _AMOUNTS]
+        if not anchor.keys() & _CAPS.keys():
+            anchor |= {cap: anchor[reserved] for cap, reserved in _CAPS.items()}
+        amounts = [anchor[name] for name in (*_AMOUNTS, *_CAPS)]
         if all(type(amount) is int and amount >= 0 for amount in amounts) and type(anchor["ledger_id"]) is str:
             return dict(anchor)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise LedgerError("the keystore's anchor of the ledger must be readable, it is damaged. What was spent is unknown.")
 
@@ -297,7 +300,13 @@ def follows_anchor(events: Sequence[Event], stored: bytes) -> bool:
     """Whether the history the keystore remembers is the beginning of this one."""
     seq = read_anchor(stored)["seq"]
     remembered = [event for event in events if event.seq <= seq]
-    return bool(remembered) and anchor_of(remembered) == stored
+    return bool(remembered) and stored in (anchor_of(remembered), _first_anchor_of(remembered))
+
+
+def _first_anchor_of(events: Sequence[Event]) -> bytes:
+    """The same as the first version wrote it; the next opening of the ledger writes today's."""
+    anchor = json.loads(anchor_of(events))
+    return canonical({name: value for name, value in anchor.items() if name not in _CAPS}).encode()
 
 
 def rebase_event(events: Sequence[Event], anchor: Mapping[str, Any], *, key: bytes, at: str) -> Event:

@@ -254,6 +254,8 @@ def file_errors(path: Path) -> Iterator[None]:
             f"{path} must be readable and writable, SQLite says: {error}. If another command is at work wait for it; "
             "else free space on the disk or mend its permissions, then try again."
         ) from error
+    except UnicodeDecodeError as error:  # SQLite quotes a damaged file, whose bytes may be no text
+        raise DamagedError(f"{path} must be readable, it holds text that is not UTF-8.") from error
     except OSError as error:
         raise LedgerError(f"{path} and the keystore must be readable and writable: {error}.") from error
     except StoreError as error:

@@ -16,6 +16,8 @@ EVENTS: Mapping[str, frozenset[str]] = {
     "refused": frozenset({"code", "error", "place"}),
     "zeroed": frozenset({"round", "error", "place"}),  # training failed, and zero was contributed
     "service": frozenset({"state"}),
+    "away": frozenset({"condition"}),
+    "failed": frozenset({"error", "place"}),  # Flower's part could not be started
     "undelivered": frozenset({"error", "place"}),
 }
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]{0,120}")  # a code, a hash, a type, a file and its line: nothing with a space

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 
 from client import source_cli
 from client.attributes import read_profile, write_profile
-from client.owner_words import CAPS, history_lines, key_lines, offer_lines, plain, status_lines
+from client.owner_words import (
+    CAPS,
+    LOST_WITH_DATA,
+    forgotten_lines,
+    history_lines,
+    key_lines,
+    loss_words,
+    offer_lines,
+    plain,
+    status_lines,
+)
 from client.place import default_home, open_owner_home
 from client.service_cli import service_line
 from shared.card_cli import add_output
@@ -329,22 +339,10 @@ def _forget(options: argparse.Namespace) -> int:
 
     home = open_owner_home(options.home)
     check_copy(options.receipt, home=home.folder)
-    loss = ", ".join(f"{count} of {kind}" for kind, count in describe_loss(home).items()) or "none is left"
-    _say(
-        f"files to be deleted for good: {loss}",
-        "every consent is withdrawn; what was spent stays spent; what left the device cannot be called back",
-    )
+    _say(f"files to be deleted for good: {loss_words(describe_loss(home))}", LOST_WITH_DATA)
     _confirm("Delete?", yes=options.yes)
     receipt = forget(home, copy_to=options.receipt)
-    replies = sum(len(campaign["replies"]) for campaign in receipt["left_the_device"]["campaigns"])
-    bound = receipt["left_the_device"]["bound"]
-    _say(
-        "forgotten: the keys first, then everything sealed with them",
-        f"left the device before and stays out: {replies} replies, together within epsilon "
-        f"{bound['epsilon']:g}, delta {bound['delta']:g} (see: history)",
-        *receipt["out_of_reach"],
-        f"receipt: {home.folder / 'receipts' / receipt['written']['file']}",
-    )
+    _say(*forgotten_lines(receipt), f"receipt: {home.folder / 'receipts' / receipt['written']['file']}")
     return 0
 
 

@@ -69,9 +69,12 @@ def _trust_lines(offer: "Offer") -> list[str]:
         ]
     if offer.trust == "distributed" and offer.secure_sum is not None:
         terms = offer.secure_sum
+        members = f"a round's {offer.cohort_size} devices"
+        if terms.groups > 1:
+            members = f"the {offer.cohort_size // terms.groups} devices of its group in a round"
         return [
             "trusts: the server to keep to the protocol, and its operator to enrol no device of its own invention; of "
-            f"a round's {offer.cohort_size} devices, at most {terms.colluders} tell it their noise, and of this "
+            f"{members}, at most {terms.colluders} tell it their noise, and of this "
             f"device's {terms.neighbours} neighbours fewer than {terms.threshold} tell it their shares",
             "the server sees: a masked vector, which alone looks like random numbers, and the sum of at least "
             f"{terms.min_survivors} devices with the noise of all of them. With fewer the round is void: spent, and "
@@ -126,12 +129,12 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_PROMISES = {
+PROMISES = {
     ("record", "local"): "hides one record, from everybody",
     ("user", "distributed"): "hides all that you contribute, from a server that keeps to the protocol too",
     ("user", "central"): "hides all that you contribute, but NOT FROM THE SERVER, which sees it without noise",
 }
-_STATES = {
+STATES = {
     "in force": "in force",
     "exhausted": "every round allowed is used",
     "ended": "ended",
@@ -147,10 +150,10 @@ def _campaign_lines(campaign: Mapping[str, Any]) -> list[str]:
         "lost with an older ledger, counted again": campaign["rounds_lost"],
     }
     return [
-        f"campaign {campaign['policy'][:12]} {plain(campaign['campaign'])}: {_STATES[campaign['state']]}, agreed "
+        f"campaign {campaign['policy'][:12]} {plain(campaign['campaign'])}: {STATES[campaign['state']]}, agreed "
         f"{campaign['consented'][:10]} until {campaign['until']}, signed by {plain(campaign['operator'])}",
         f"  reserved: epsilon {campaign['epsilon']:g}, delta {campaign['delta']:g}",
-        *([f"  {_PROMISES[promise]}"] if (promise := (campaign["unit"], campaign["trust"])) in _PROMISES else []),
+        *([f"  {PROMISES[promise]}"] if (promise := (campaign["unit"], campaign["trust"])) in PROMISES else []),
         f"  rounds: {campaign['rounds_used']} of {campaign['rounds_allowed']} used"
         + "".join(f", {count} {what}" for what, count in others.items() if count),
     ]
@@ -226,3 +229,24 @@ def _event_words(event: Mapping[str, Any]) -> str:
             return "began"
         case other:
             return {"pause": "paused", "resume": "resumed"}.get(other, plain(other))
+
+
+LOST_WITH_DATA = "every consent is withdrawn; what was spent stays spent; what left the device cannot be called back"
+
+
+def loss_words(loss: Mapping[str, int]) -> str:
+    """How many files of each kind a deletion would reach."""
+    return ", ".join(f"{count} of {kind}" for kind, count in loss.items()) or "none is left"
+
+
+def forgotten_lines(receipt: Mapping[str, Any]) -> list[str]:
+    """What a deletion did, and what it could not reach."""
+    left = receipt["left_the_device"]
+    replies = sum(len(campaign["replies"]) for campaign in left["campaigns"])
+    bound = left["bound"]
+    return [
+        "forgotten: the keys first, then everything sealed with them",
+        f"left the device before and stays out: {replies} replies, together within epsilon "
+        f"{bound['epsilon']:g}, delta {bound['delta']:g} (see: history)",
+        *receipt["out_of_reach"],
+    ]

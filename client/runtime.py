@@ -336,8 +336,9 @@ def open_session(model: bytes | Path, *, threads: int, name: str = MODEL) -> onn
     if isinstance(model, bytes):  # weights in other files would not be the bytes that were hashed: none can be found
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except (
+        UnicodeDecodeError,  # it quotes a damaged model, whose bytes may be no text
         ort_errors.Fail,
         ort_errors.InvalidArgument,
         ort_errors.InvalidGraph,

@@ -48,7 +48,7 @@ def share(body: bytes, round_number: int, campaign: Campaign, device: Device) ->
     """Check who takes part, and seal a share of this device's secrets for each of its neighbours."""
     participant = Participant.from_bytes(device.kept(campaign, round_number))
     roster = Roster.from_bytes(body)
-    if len(roster.seats) > campaign.policy.cohort_size:  # seats that nobody shows a certificate of
+    if len(roster.seats) > campaign.policy.sum_size:  # seats that nobody shows a certificate of
         raise RefusedError("ROSTER")
     parcels = participant.share(roster, verify=device.verifier(campaign))
     device.keep(campaign, round_number, participant.to_bytes())

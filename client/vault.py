@@ -37,7 +37,7 @@ from client.private_files import (
 from shared.errors import HeadError, StoreError
 from shared.files import flush_folder
 
-MAGIC = b"sottovoce vault\x01"
+MAGIC = b"sottovoce vault\x01"  # the last byte is the version
 KEY_FILE = "key"
 
 _KEY_BYTES = 32
@@ -266,6 +266,11 @@ def _seal(cipher: AESGCM, name: str, content: bytes) -> bytes:
 
 def _open(cipher: AESGCM, name: str, sealed: bytes, path: Path) -> bytes:
     start = len(MAGIC) + _NONCE_BYTES
+    if sealed[: len(MAGIC) - 1] == MAGIC[:-1] and sealed[len(MAGIC) - 1 : len(MAGIC)] > MAGIC[-1:]:
+        raise StoreError(
+            f"{path} must be of version {MAGIC[-1]}, it is of {sealed[len(MAGIC) - 1]}: a newer Sottovoce wrote it, or "
+            "it is damaged. Install that version, or restore the file."
+        )
     try:
         if not sealed.startswith(MAGIC) or len(sealed) < start + _TAG_BYTES:
             raise InvalidTag

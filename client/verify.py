@@ -31,7 +31,7 @@ from client.owner import checked_ledger
 from client.runtime import FleetBase, PersonalHead, identity, open_base, open_head
 from client.sealed_heads import HeadShelf
 from client.vault import signing_key
-from shared.errors import HeadError, SottovoceError, StoreError
+from shared.errors import HeadError, LedgerError, SottovoceError, StoreError
 from shared.signing import fingerprint
 
 SEQUENCE = "head-sequence"  # the keystore's entry with the highest sequence of a head that was ever in use
@@ -39,6 +39,7 @@ SEQUENCE = "head-sequence"  # the keystore's entry with the highest sequence of 
 Model = TypeVar("Model", PersonalHead, Generator)
 
 _OPENERS: dict[str, Callable[..., Any]] = {"base": open_base, "lm-base": open_lm_base}
+_HEADS = {"base": "adapter", "lm-base": "lm-adapter"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ def open_home_base(
 ) -> Any:
     """Open a fleet's base that an operator signed whom the owner trusted at a consent.
 
+    Where the ledger, which remembers those, cannot be used or was lost, nothing is trained, and what was learnt answers
+    all the same: on the very base that the home's own signature of its head names.
+
     Args:
         home: Its ledger keeps the operators' fingerprints.
         folder: Of the base.
@@ -78,8 +82,24 @@ def open_home_base(
         HeadError: The base is not signed by such an operator, damaged, or cannot run here.
         LedgerError: The ledger, which knows whom to trust, cannot be used.
     """
-    trusted = trusted_operators(home) if operators is None else operators
-    return _OPENERS[kind](folder, threads=threads, signers=trusted)
+    problem: LedgerError | None = None
+    if operators is None:
+        try:
+            operators = trusted_operators(home)
+        except LedgerError as error:
+            problem = error
+    if operators:
+        return _OPENERS[kind](folder, threads=threads, signers=operators)
+    try:
+        head = _files(home, None)
+        manifest = read_manifest(head, _HEADS[kind], signers=_own(home))
+    except (HeadError, StoreError):
+        if problem is not None:
+            raise problem from None
+        return _OPENERS[kind](folder, threads=threads, signers=frozenset())
+    base = _OPENERS[kind](folder, threads=threads)
+    check_binding(place_of(head), manifest, identity(base))
+    return base
 
 
 def trusted_operators(home: Home) -> frozenset[str]:

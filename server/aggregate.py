@@ -53,13 +53,13 @@ def mean_of_sum(total: np.ndarray, *, policy: Policy, round_number: int) -> dict
 
     Args:
         total: (P,) integers, in steps of the policy's grid.
-        policy: Grid, cohort size, slots.
+        policy: Grid, devices asked for a sum, slots.
         round_number: Which of them it changes.
 
     Returns:
-        Slot name -> float64 array: the sum over the policy's cohort size, however many contributed (rule P2).
+        Slot name -> float64 array: the sum over the devices asked for it, however many contributed (rule P2).
     """
-    mean = total.astype(np.float64) * (float(policy.grid or 0) / policy.cohort_size)
+    mean = total.astype(np.float64) * (float(policy.grid or 0) / policy.sum_size)
     slots = policy.turn_slots(round_number)
     parts = np.split(mean, np.cumsum([math.prod(slot.shape) for slot in slots])[:-1])
     return {slot.name: part.reshape(slot.shape) for slot, part in zip(slots, parts, strict=True)}

@@ -54,7 +54,8 @@ def run_rounds(
             the same bytes, so asking again costs nobody anything. Under trust ``distributed`` and ``central`` such a
             round is void instead, for the same contributions in two sums would show who was in one and not in the
             other, or be noised twice: the shared arrays stay, the next number is asked for, and the third void round
-            running ends the campaign.
+            running ends the campaign. Under ``local`` a round is void where too many devices were cut in it and will
+            never answer it.
         credentials: Seat -> what the operator certified, for a secure sum under masks. None leaves the masks out, which
             only simulated devices agree to: the sum is the same.
         noise: For simulations, see ``EqualWeights``.

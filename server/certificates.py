@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import (
@@ -27,6 +27,8 @@ _AUTHORITY_LIFE = timedelta(days=3652)
 _CERTIFICATE_LIFE = timedelta(days=730)
 _SKEW = timedelta(days=1)  # of a device's clock
 _MAX_COMMON_NAME = 64
+# What a certificate says that is damaged, at once or when it is looked into.
+_NOT_X509 = (ValueError, x509.InvalidVersion, x509.ExtensionNotFound, x509.DuplicateExtension)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def expiry(server: "ServerFolder") -> datetime:
     """
     try:
         return x509.load_pem_x509_certificate(server.certificate.read_bytes()).not_valid_after_utc
-    except (OSError, ValueError):
+    except (OSError, *_NOT_X509):
         raise ServerError(
             f"{server.certificate} must be a certificate, it is damaged; run: sottovoce server init --renew."
         ) from None
@@ -136,9 +138,11 @@ def _read_authority(server: "ServerFolder") -> Issued:
     try:
         key = load_pem_private_key(server.ca_key.read_bytes(), password=None)
         certificate = x509.load_pem_x509_certificate(server.ca_certificate.read_bytes())
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        public, _ = certificate.public_key(), (certificate.subject, certificate.not_valid_after_utc)
+        certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    except (OSError, TypeError, UnsupportedAlgorithm, InternalError, *_NOT_X509):
         raise ServerError(f"{server.ca_key} and {server.ca_certificate} must be readable; restore a backup.") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != public:
         raise ServerError(f"{server.ca_key} must be the key of {server.ca_certificate}, it is not; restore a backup.")
     return Issued(key, certificate)
 

@@ -4,6 +4,11 @@ A checkpoint is written beside its place, flushed to disk and renamed, so that a
 
     round-0005      after round 5
     round-0005.1    rolled back since: round and counts are those of round 5, arrays and optimiser of an earlier one
+
+``state.json`` names its format; the hash over it is made alike in all formats, so that a newer one is told from damage.
+
+    none    before formats were named: one count of optimiser steps for all slots, or no ``rolled_back_to``
+    1       as it is written now
 """
 
 import hashlib
@@ -13,7 +18,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,13 @@ from server.aggregate import OptimizerState
 from shared.adapter import Arrays
 from shared.errors import CampaignError
 from shared.files import flush_folder, write_durably
+
+_FORMAT = 1
+_NOT_READABLE = (ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+
+
+class NewerCheckpointError(CampaignError):
+    """A checkpoint is of a newer format than this version reads; it is whole, and left as it is."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +101,32 @@ def newest_checkpoint(folder: Path, *, before: int | None = None) -> Checkpoint 
     Args:
         folder: Holds one folder a round; need not exist.
         before: Only of rounds below this one.
+
+    Raises:
+        NewerCheckpointError: A newer version has served the campaign since.
     """
     for path in newest_first(folder):
         if before is None or _number(path)[0] < before:
-            with suppress(CampaignError):
+            try:
                 return load_checkpoint(path)
+            except NewerCheckpointError:
+                raise
+            except CampaignError:
+                continue
     return None
 
 
+def put_aside(folder: Path) -> list[str]:
+    """Names of the checkpoints that were found damaged, and were newer than those gone on from."""
+    return sorted(path.name.removeprefix(_ASIDE) for path in folder.glob(f"{_ASIDE}*"))
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint as ``folder/round-0007``, after a roll-back ``round-0007.1``, atomically and durably."""
+    """Write a checkpoint as ``folder/round-0007``, after a roll-back ``round-0007.1``, atomically and durably.
+
+    Raises:
+        OSError: The disk is full or not writable; what was there is as it was, and nothing is left of this one.
+    """
     parts = {
         "arrays": checkpoint.arrays,
         "first": checkpoint.optimizer.first,
@@ -107,6 +134,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     }
     payload = save({f"{part}/{name}": array for part, named in parts.items() for name, array in named.items()})
     state: dict[str, Any] = {
+        "format": _FORMAT,
         "round": checkpoint.round_number,
         "optimizer_steps": dict(checkpoint.optimizer.steps),
         "policy_sha256": checkpoint.policy_sha256,
@@ -124,10 +152,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         target = target.with_name(f"{target.name}.{max(earlier, default=0) + 1}")
     temporary = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_durably(temporary / "tensors.safetensors", payload)
-    write_durably(temporary / "state.json", json.dumps(state, indent=2).encode())
-    temporary.rename(target)
+    try:
+        temporary.mkdir(parents=True)
+        write_durably(temporary / "tensors.safetensors", payload)
+        write_durably(temporary / "state.json", json.dumps(state, indent=2).encode())
+        flush_folder(temporary)
+        temporary.rename(target)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     flush_folder(folder)
     return target
 
@@ -136,12 +169,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint folder.
 
     Raises:
+        NewerCheckpointError: A newer version wrote it.
         CampaignError: A file is missing, unreadable or not the one that was written.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state.pop("state_sha256") != _hash_state(state):
             raise CampaignError(f"{path} must hold the state that was saved; it was altered.")
+        if type(state.get("format", 0)) is not int or state.get("format", 0) > _FORMAT:
+            raise NewerCheckpointError(
+                f"{path} must be of format {_FORMAT} or older, it is of {state['format']!r}: a newer Sottovoce wrote "
+                "it. Install that version."
+            )
         payload = (path / "tensors.safetensors").read_bytes()
         if hashlib.sha256(payload).hexdigest() != state["tensors_sha256"]:
             raise CampaignError(f"{path} must hold the tensors that were saved; they were altered or cut short.")
@@ -159,10 +198,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
             total=Counts(**state["total"]),
             rolled_back_to=state.get("rolled_back_to"),  # checkpoints of earlier versions have none
             arrays=parts["arrays"],
-            optimizer=OptimizerState(dict(state["optimizer_steps"]), parts["first"], parts["second"]),
+            optimizer=OptimizerState(_steps(state, parts["first"]), parts["first"], parts["second"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ArithmeticError, RecursionError, *_NOT_READABLE) as error:
         raise CampaignError(f"{path} must be a readable checkpoint: {error}.") from None
+
+
+def _steps(state: Mapping[str, Any], moments: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Optimiser steps by slot; at first there was one count, and every slot took part in every step."""
+    if "optimizer_step" in state and "format" not in state:
+        return dict.fromkeys(moments, int(state["optimizer_step"]))
+    return {str(name): int(count) for name, count in state["optimizer_steps"].items()}
 
 
 def last_checkpoint(folder: Path, *, policy_sha256: str) -> Checkpoint | None:
@@ -176,15 +222,17 @@ def last_checkpoint(folder: Path, *, policy_sha256: str) -> Checkpoint | None:
         None where there is no good checkpoint.
 
     Raises:
-        CampaignError: A checkpoint belongs to another policy.
+        CampaignError: A checkpoint belongs to another policy, or a newer version wrote it; nothing is put aside then.
     """
     for unfinished in folder.glob(".round-*"):
         shutil.rmtree(unfinished)
     for path in newest_first(folder):
         try:
             checkpoint = load_checkpoint(path)
+        except NewerCheckpointError:
+            raise
         except CampaignError:
-            aside = path.with_name(f"damaged-{path.name}")
+            aside = path.with_name(f"{_ASIDE}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             continue
@@ -197,6 +245,7 @@ def last_checkpoint(folder: Path, *, policy_sha256: str) -> Checkpoint | None:
     return None
 
 
+_ASIDE = "damaged-"
 _NAME = re.compile(r"round-(\d{4,})(?:\.(\d+))?")
 
 

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.folder import ServerFolder
 from shared.errors import ServerError
-from shared.flower_control import fleet_paths
+from shared.flower_control import fleet_paths, speaks_for_itself
 from shared.impatience import Impatient
 
 MAX_BODY_BYTES = 16 * 2**20  # Flower cuts what is large into pieces of 5 MB; a bundle has at most 10 MB
@@ -30,6 +30,7 @@ _MAX_CALL_BYTES = 256 * 2**10  # of all other calls; over a long list of parts F
 _PARTS = "/v1/fleet/push-object"
 _MAX_WAITING_BYTES = 256 * 2**20  # of all requests together
 _MAX_CONNECTIONS = 2000
+_MOST_DIGITS = 12  # of a length, whatever reads the head before us
 _BODY_S = 60.0  # to send a request's body
 _ANSWER_S = 120.0
 _START_S = 20.0
@@ -52,7 +53,7 @@ class Gateway:
 
     Attributes:
         requests: Calls that went on to the SuperLink.
-        refused: Requests that did not: no fleet call, too large, too slow or too many.
+        refused: Requests that did not: no fleet call, too large, too slow, too many, or in another device's name.
         bytes_in: Bytes of bodies that came from devices and went on.
         bytes_out: Bytes of bodies that went back to devices.
     """
@@ -82,6 +83,8 @@ class Gateway:
         try:
             async with asyncio.timeout(_BODY_S):
                 problem = await self._read(request, body, MAX_BODY_BYTES if path == _PARTS else _MAX_CALL_BYTES)
+            if not problem and not speaks_for_itself(path, body):
+                problem = 403
             return self._refuse(problem) if problem else await self._forward(path, request.scope["headers"], body)
         except TimeoutError:
             return self._refuse(408)
@@ -91,7 +94,7 @@ class Gateway:
     async def _read(self, request: Request, body: bytearray, limit: int) -> int | None:
         """Read a body; gives the status of its refusal where it is too large, alone or with the others'."""
         declared = request.headers.get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > limit:
+        if not declared.isdecimal() or len(declared) > _MOST_DIGITS or int(declared) > limit:
             return 413
         async for chunk in request.stream():
             if len(body) + len(chunk) > limit:
@@ -115,7 +118,8 @@ class Gateway:
         except httpx.TransportError:
             return Response(status_code=502)
         self.bytes_out += len(content)
-        response = Response(content, status_code=answer.status_code)
+        # Flower says 500 where its database is locked for a while; a SuperNode gives its reply up at that, not at 503.
+        response = Response(content, status_code=503 if answer.status_code == 500 else answer.status_code)
         response.raw_headers += _end_to_end(answer.headers.raw)
         return response
 
@@ -187,7 +191,7 @@ def start_front(server: ServerFolder, *, superlink_port: int, host: str = "0.0.0
 
     Guarantee:
         No request whose method or path differs in any byte from those of a device's fleet calls, or that has a query,
-        reaches the SuperLink, and no body above ``MAX_BODY_BYTES``.
+        reaches the SuperLink, and no body above ``MAX_BODY_BYTES``. Who pushes a message is who the message says.
     """
     trust = ssl.create_default_context(cafile=str(server.ca_certificate))
     # Let go of a connection before the SuperLink does (5 s): a call on one it has just closed would be lost.

@@ -1,4 +1,4 @@
-"""Go back to the shared arrays of an earlier round; devices never do: a round number is asked for once."""
+"""Go back to the shared arrays of an earlier round, wanted or not; devices never do: a number is asked for once."""
 
 from dataclasses import replace
 
@@ -61,3 +61,30 @@ def roll_back(campaign: Campaign, to_round: int) -> Checkpoint:
     )
     save_checkpoint(folder, back)
     return back
+
+
+def pass_over(campaign: Campaign, newest: Checkpoint | None) -> Checkpoint | None:
+    """Where several rounds after the newest checkpoint are lost, go on from its arrays with a number that is new.
+
+    A round is begun after the one before it is on disk. Was one begun that is not the next but one at most, then
+    checkpoints are damaged or an older copy of the folder was put back. Devices keep the bytes of their newest answer
+    alone and would refuse the lost rounds, one after the other, for ever. What they have spent on them stays spent. A
+    single lost round is asked for again instead: those that have not gone on since send the same bytes.
+
+    Args:
+        campaign: Its folder holds checkpoints, and the note of the last round that was begun.
+        newest: Its newest good checkpoint; None where there is none.
+
+    Returns:
+        ``newest`` where not more than one is lost; else the new checkpoint, which is on disk.
+
+    Raises:
+        CampaignError: The note is damaged.
+    """
+    at = newest or start_checkpoint(campaign)
+    begun = last_begun(campaign.folder, at)
+    if not begun > at.round_number + 2:
+        return newest
+    lost = replace(at, round_number=min(begun, campaign.policy.rounds), rolled_back_to=at.arrays_of)
+    save_checkpoint(campaign.folder / "checkpoints", lost)
+    return lost

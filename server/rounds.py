@@ -102,7 +102,7 @@ def descent(rounds: Mapping[int, Round], arrays_of: int) -> list[Round]:
 
 def note_begun(campaign_folder: Path, round_number: int) -> None:
     """Note, durably, that devices may be asked in a round from now on; what was noted of a later one stands."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         round_number = max(round_number, int(json.loads((campaign_folder / _BEGUN).read_bytes())["round"]))
     write_atomically(campaign_folder / _BEGUN, (json.dumps({"round": round_number}) + "\n").encode())
 
@@ -118,7 +118,7 @@ def last_begun(campaign_folder: Path, newest: Checkpoint) -> int:
         return newest.round_number + 1
     try:
         return max(newest.round_number, int(json.loads(path.read_bytes())["round"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise CampaignError(
             f"{path} must name the last round that was begun, it is damaged; remove it: the next one counts as begun."
         ) from None

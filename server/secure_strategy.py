@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from server.aggregate import mean_of_sum, ring_sum
+from server.aggregate import ring_sum
 from server.gate import check_stage
 from server.secure_sum import Collector
 from server.strategy import EqualWeights
@@ -17,6 +17,8 @@ from shared.enrolment import check_device_signature
 from shared.errors import SecureSumError, VoidRoundError
 from shared.policy import SUM, num_values
 from shared.secure_sum import Advert, Credential, Parcels, Setting, Shares, signed_message
+
+_T = TypeVar("_T")
 
 
 class SecureWeights(EqualWeights):
@@ -27,15 +29,15 @@ class SecureWeights(EqualWeights):
         positional, named: As of ``EqualWeights``.
 
     Guarantee:
-        Of contributions nothing but masked vectors and the sum of at least ``min_survivors`` of them reaches this
-        process, if fewer than ``threshold`` neighbours of a device tell it more.
+        Of contributions nothing but masked vectors and, of every group, the sum of at least ``min_survivors`` of them
+        reaches this process, if fewer than ``threshold`` neighbours of a device tell it more.
     """
 
     def __init__(self, *positional: Any, credentials: Mapping[int, Credential], **named: Any) -> None:
         super().__init__(*positional, **named)
         self._credentials = credentials
         self._setting: Setting
-        self._collector: Collector
+        self._collectors: dict[int, Collector]  # of every sum that can still be opened, by group
         self._grid: Grid
 
     def configure_train(
@@ -58,28 +60,33 @@ class SecureWeights(EqualWeights):
             round_number=server_round,
             coordinates=num_values(policy.turn_slots(server_round)),
         )
-        self._collector = collector = Collector(
-            self._setting,
-            policy.secure_sum.terms,
-            credentials={seat: self._credentials[seat] for seat in cohort if seat in self._credentials},
-            generator=np.random.default_rng(),
-        )
+        groups: dict[int, dict[int, Credential]] = {}
+        for seat in cohort:
+            members = groups.setdefault(self._group[seat], {})
+            if seat in self._credentials:
+                members[seat] = self._credentials[seat]
+        self._collectors = {
+            group: Collector(
+                self._setting, policy.secure_sum.terms, credentials=members, generator=np.random.default_rng()
+            )
+            for group, members in groups.items()
+        }
         with _void(server_round, self.rejected):
             went_along = self._ask(
                 server_round,
                 wire.SECURE_KEYS,
                 {seat: str(seat).encode() for seat in cohort},
-                lambda seat, body: collector.add_advert(seat, self._signed(seat, Advert.from_bytes(body))),
+                lambda seat, body: self._sum_of(seat).add_advert(seat, self._signed(seat, Advert.from_bytes(body))),
             )
-            collector.close_adverts()
+            self._keep_sums(Collector.close_adverts)
             went_along = self._ask(
                 server_round,
                 wire.SECURE_SHARES,
-                {seat: collector.roster_for(seat).to_bytes() for seat in went_along},
-                lambda seat, body: collector.add_parcels(seat, Parcels.from_bytes(body)),
+                {seat: self._sum_of(seat).roster_for(seat).to_bytes() for seat in self._in_sums(went_along)},
+                lambda seat, body: self._sum_of(seat).add_parcels(seat, Parcels.from_bytes(body)),
             )
-            collector.close_parcels()
-            bodies = {seat: collector.parcels_for(seat).to_bytes() for seat in went_along}
+            self._keep_sums(Collector.close_parcels)
+            bodies = {seat: self._sum_of(seat).parcels_for(seat).to_bytes() for seat in self._in_sums(went_along)}
         self._check_faults(server_round)
         return self._requests(server_round, bodies)
 
@@ -92,25 +99,54 @@ class SecureWeights(EqualWeights):
             VoidRoundError: Too few contributed, or too few helped to open the sum.
             CampaignError: As of ``EqualWeights``.
         """
-        collector = self._collector
         with _void(server_round, self.rejected):
             for seat, update in self._accept(server_round, replies).items():
                 with self._counting():
-                    collector.add_masked(seat, update[SUM])
+                    self._sum_of(seat).add_masked(seat, update[SUM])
             self._check_faults(server_round)
-            survivors = sorted(collector.survivors)
+            told = self._keep_sums(_survivors)
             self._ask(
                 server_round,
                 wire.SECURE_UNMASK,
-                {seat: collector.survivors_for(seat).to_bytes() for seat in survivors},
-                lambda seat, body: collector.add_shares(seat, Shares.from_bytes(body)),
+                {seat: body for each in told.values() for seat, body in sorted(each.items())},
+                lambda seat, body: self._sum_of(seat).add_shares(seat, Shares.from_bytes(body)),
             )
             self._check_faults(server_round)
-            total = collector.total()
+            totals = {group: ring_sum([total]) for group, total in self._keep_sums(Collector.total).items()}
+        survivors = sorted(seat for group in totals for seat in told[group])
         self.accepted = len(survivors)
-        mean = mean_of_sum(ring_sum([total]), policy=self.campaign.policy, round_number=server_round)
-        self._advance(server_round, mean, survivors)
+        self._advance(server_round, self._of_sums(server_round, totals), survivors)
         return None, None
+
+    def _sum_of(self, seat: int) -> Collector:
+        """The sum that a seat is in; SecureSumError (``STAGE``) where it was given up."""
+        collector = self._collectors.get(self._group[seat])
+        if collector is None:
+            raise SecureSumError(f"seat {seat} must be in a sum that can still be opened, it is not.", code="STAGE")
+        return collector
+
+    def _in_sums(self, seats: Iterable[int]) -> list[int]:
+        """Those whose sum can still be opened."""
+        return [seat for seat in seats if self._group[seat] in self._collectors]
+
+    def _keep_sums(self, step: Callable[[Collector], _T]) -> dict[int, _T]:
+        """Take a step of every sum; one that cannot take it is given up, and its devices' part of the round is void.
+
+        Raises:
+            SecureSumError: None is left.
+        """
+        found, failed = dict[int, _T](), None
+        for group, collector in list(self._collectors.items()):
+            try:
+                found[group] = step(collector)
+            except SecureSumError as error:
+                failed = error
+                del self._collectors[group]
+        if failed is not None and not found:
+            raise failed
+        if failed is not None:
+            self.rejected["GROUP"] = len(set(self._group.values())) - len(self._collectors)
+        return found
 
     def _signed(self, seat: int, advert: Advert) -> Advert:
         """An advert its device has signed; another would make all its neighbours refuse. Simulated ones check alone."""
@@ -148,6 +184,11 @@ class SecureWeights(EqualWeights):
                 take(seat, body)
                 good.append(seat)
         return good
+
+
+def _survivors(collector: Collector) -> dict[int, bytes]:
+    """What everybody whose vector is in a sum is told before it is opened."""
+    return {seat: collector.survivors_for(seat).to_bytes() for seat in sorted(collector.survivors)}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.front import Front, start_front
 from server.judge import Judge
 from server.lock import alone
 from server.register import read_register
+from server.rollback import pass_over
 from server.superlink import SuperLink
 from shared.campaign import Campaign
 from shared.errors import CampaignError, ServerError, SottovoceError
@@ -88,7 +90,13 @@ def serve(
         with watch.running(host=host):
             left, before = _RUNS, -1
             while True:
-                start = last_checkpoint(checkpoints, policy_sha256=campaign.policy.sha256)
+                good = last_checkpoint(checkpoints, policy_sha256=campaign.policy.sha256)
+                start = pass_over(campaign, good)
+                if start is not good and start is not None:
+                    on_state(
+                        f"checkpoints after round {start.arrays_of} are damaged or gone: its arrays are gone on from, "
+                        f"and rounds up to {start.round_number} are passed over, for devices may have answered them"
+                    )
                 done = start.round_number if start else 0
                 left, before = _RUNS if done > before else left - 1, done
                 try:
@@ -107,7 +115,7 @@ def serve(
                 except TaskError:  # Flower was away for long, or knows the run no more
                     if not left > 1:
                         raise
-                on_state("Flower lost the run; another one goes on after the last finished round")
+                on_state("Flower fell or lost the run; another one goes on after the last finished round")
 
 
 class _Watch:
@@ -124,6 +132,7 @@ class _Watch:
         self._since = _now()
         self._round = 0  # that was asked for last
         self._online: frozenset[int] = frozenset()  # seats
+        self._link_starts, self._called_before = 0, dict[int, float]()  # node id -> when, as of the SuperLink's start
         self._devices: list[dict[str, Any]] = []
         self._problem: str | None = None
         self._front: Front
@@ -152,7 +161,9 @@ class _Watch:
     @contextmanager
     def run(self) -> Iterator[Task]:
         """A run at the SuperLink for the length of a block; it is finished well only where the block is."""
+        starts = self._link.starts
         task, ok = self._take_run(), False
+        task.fallen = lambda: self._link.starts != starts
         try:
             yield task
             ok = True
@@ -235,7 +246,7 @@ class _Watch:
         wanted = {key_bytes(d.public_key): d for d in read_register(self._server.folder) if d.revoked is None}
         control = self._control()
         try:
-            known = {node.public_key: node for node in control.nodes()}
+            known = {node.public_key: self._there_now(node) for node in self._nodes(control)}
             for key in known.keys() - wanted.keys():
                 control.unregister(known[key].node_id)
             for key in wanted.keys() - known.keys():
@@ -251,6 +262,23 @@ class _Watch:
             {"name": device.name, "seat": device.seat, "online": device.seat in self._online}
             for device in sorted(wanted.values(), key=lambda device: device.seat)
         ]
+
+    def _nodes(self, control: Control) -> list[Node]:
+        """The devices Flower knows; when it was started anew, when it last heard from them is kept in mind."""
+        nodes = control.nodes()
+        if self._link.starts != self._link_starts:
+            self._link_starts = self._link.starts
+            self._called_before = {node.node_id: node.online_until for node in nodes}
+        return nodes
+
+    def _there_now(self, node: Node) -> Node:
+        """Not online before it has called a SuperLink that was started again.
+
+        Flower goes on to believe what its database says of a device until a minute after its last call; asked in that
+        time, one that has not found the way back yet would be given up by Flower, and its answer lost.
+        """
+        called = node.online_until != self._called_before.get(node.node_id)
+        return replace(node, online=node.online and called)
 
     def _write(self) -> None:
         live = {

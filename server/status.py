@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.app import start_checkpoint
-from server.checkpoint import newest_checkpoint
+from server.checkpoint import newest_checkpoint, put_aside
 from server.cost import Cost, campaign_cost, cost_lines
 from server.folder import ServerFolder
 from server.lock import is_served
@@ -54,7 +54,7 @@ def _live(server: ServerFolder) -> dict[str, Any]:
     try:
         written = json.loads(server.live.read_bytes())
         written = written if isinstance(written, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         written = {}
     state = "running" if running else "killed" if written else "stopped"
     return {"state": state, "written": written or None}
@@ -81,6 +81,7 @@ def _describe(campaign: Campaign) -> dict[str, Any]:
         "round": at.round_number,
         "rounds": policy.rounds,
         "rolled_back_to": at.rolled_back_to,
+        "put_aside": put_aside(folder / "checkpoints"),
         "cohort": policy.cohort_size,
         "replies": at.total.replies,
         "rejected": {code: count for code, count in at.total.rejected.items() if code != _VOID},
@@ -170,6 +171,7 @@ def _campaign_lines(found: Mapping[str, Any]) -> list[str]:
         f"  replies: {found['replies']} used, {sum(found['rejected'].values())} not"
         + (f" ({', '.join(f'{code} {count}' for code, count in rejected)})" if rejected else ""),
         *_void_lines(found["void"]),
+        *_aside_lines(found["put_aside"]),
         f"  bytes: {found['bytes_up']:,} up, {found['bytes_down']:,} down",
         *_score_lines(found["holdout"]),
         *(f"  {line}" for line in cost_lines(Cost(**found["cost"]))),
@@ -179,6 +181,11 @@ def _campaign_lines(found: Mapping[str, Any]) -> list[str]:
 def _void_lines(count: int) -> list[str]:
     words = "too few devices stayed, so no sum was opened and the arrays stayed; what they cost stays spent"
     return [f"  void rounds: {count} ({words})"] if count else []
+
+
+def _aside_lines(names: list[str]) -> list[str]:
+    words = "not as saved; put aside, an earlier one was gone on from. Look after the disk"
+    return [f"  DAMAGED checkpoints: {', '.join(names)} ({words})"] if names else []
 
 
 def _score_lines(scores: Mapping[str, Any] | None) -> list[str]:

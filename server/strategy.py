@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,19 +15,22 @@ from server.aggregate import (
     SERVER_OPTIMIZERS,
     OptimizerState,
     mean_of_sum,
-    mean_update,
     noised_sum,
     ring_sum,
 )
 from server.checkpoint import Checkpoint, Counts
 from server.gate import RejectedReply, check_reply
+from server.robust import combine
 from shared import wire
 from shared.adapter import MAX_ABS_VALUE, Arrays, within_bound
 from shared.campaign import Campaign
+from shared.compatible import liars_among
 from shared.errors import CampaignError, SecureSumError, TooFewRepliesError, VoidRoundError
 from shared.flower import one_line
 from shared.noise import Randomness, SecureRandomness
 from shared.policy import SUM
+
+_FOR_EVER = ("BURNT", "CONFLICT", "ROUND")  # what a device says of a round whenever it is asked
 
 _log = logging.getLogger("sottovoce.server")
 
@@ -65,6 +68,7 @@ class EqualWeights(Strategy):
     ) -> None:
         self.campaign = campaign
         self._noise = noise or (lambda _: SecureRandomness())
+        self._simulated = noise is not None
         self._accept_seeded = accept_seeded
         self.checkpoint = checkpoint
         self._roster = roster
@@ -73,6 +77,7 @@ class EqualWeights(Strategy):
         self.rejected: Counter[str] = Counter()
         self._policy_sha256 = campaign.policy.sha256
         self._cohort: dict[int, int] = {}  # node id -> seat
+        self._group: dict[int, int] = {}  # seat -> which sum of the round it is in
         self._asked: Collection[int] = ()  # seats that were asked to train
 
     def configure_train(
@@ -88,6 +93,7 @@ class EqualWeights(Strategy):
         roster = dict(self._roster)  # it may change meanwhile
         present = {roster[node]: node for node in grid.get_node_ids() if node in roster}
         self._cohort = self._choose_cohort(server_round, present)
+        self._group = self._draw_groups(server_round)
         self.rejected = Counter()
 
     def _requests(self, server_round: int, bodies: Mapping[int, bytes]) -> Iterator[Message]:
@@ -118,6 +124,15 @@ class EqualWeights(Strategy):
         seats = sorted(shuffled, key=lambda seat: counts.get(seat, 0))[: self.campaign.policy.cohort_size]
         return {node_at[seat]: seat for seat in seats}
 
+    def _draw_groups(self, server_round: int) -> dict[int, int]:
+        """Deal the cohort out into the policy's groups: by the system's entropy, or by the seed of a simulation."""
+        terms, seats = self.campaign.policy.secure_sum, sorted(self._cohort.values())
+        if terms is None or terms.groups == 1:
+            return dict.fromkeys(seats, 0)
+        seed = [self.campaign.scenario.seed, server_round, terms.groups] if self._simulated else None
+        dealt = np.random.default_rng(seed).permutation(seats).tolist()
+        return {seat: place % terms.groups for place, seat in enumerate(dealt)}
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -125,9 +140,10 @@ class EqualWeights(Strategy):
 
         Raises:
             CampaignError: Fewer good replies than ``federation.min_reply_share`` of the cohort, or a fatal one.
-            VoidRoundError: Under trust ``distributed`` and ``central``, too few of them.
+            VoidRoundError: Too few of them under trust ``distributed`` and ``central``, or where so many devices refuse
+                this round for ever that asking again would not help.
         """
-        updates = self._accept(server_round, replies)
+        updates = self._in_whole_groups(self._accept(server_round, replies))
         self._check_faults(server_round)
         self._advance(server_round, self._mean(server_round, updates), updates)
         return None, None
@@ -159,7 +175,8 @@ class EqualWeights(Strategy):
             silent.discard(-1 if seat is None else seat)
             if reply.has_error():  # made by Flower, and not always in the device's name
                 _log.warning("round %d: %s", server_round, one_line(reply.error.reason))
-                self.rejected["ERROR"] += 1
+                if seat is not None:  # else it is about a device that is silent, and counted as such
+                    self.rejected["ERROR"] += 1
             elif seat is None:
                 self.rejected["NOT_ASKED"] += 1
             else:
@@ -183,6 +200,49 @@ class EqualWeights(Strategy):
                 f"({broken[0]}); a run with engine inline logs where. Finished rounds are kept: mend it, then --resume."
             )
 
+    def _in_whole_groups(self, updates: dict[int, Arrays]) -> dict[int, Arrays]:
+        """Without the contributions to sums that have too few of them, where there are several sums."""
+        terms = self.campaign.policy.secure_sum
+        if terms is None or terms.groups == 1:
+            return updates
+        sizes = Counter(self._group[seat] for seat in updates)
+        whole = {seat: each for seat, each in updates.items() if sizes[self._group[seat]] >= terms.min_survivors}
+        lost = len(set(self._group.values())) - len({self._group[seat] for seat in whole})
+        if lost:
+            self.rejected["GROUP"] = lost
+        self.accepted = len(whole)
+        return whole
+
+    def _of_sums(self, server_round: int, totals: Mapping[int, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """What a round's sums together say.
+
+        Args:
+            totals: Group -> (P,) int64.
+
+        Raises:
+            VoidRoundError: Too few groups have a sum.
+        """
+        policy, scenario = self.campaign.policy, self.campaign.scenario
+        groups = policy.secure_sum.groups if policy.secure_sum else 1
+        if len(totals) < scenario.federation.min_reply_share * groups:
+            raise VoidRoundError(
+                f"round {server_round} is void: {scenario.federation.min_reply_share:.0%} of {groups} sums must have "
+                f"enough contributions, {len(totals)} have (rejected: {dict(self.rejected) or 'none'})."
+            )
+        means = [mean_of_sum(totals[group], policy=policy, round_number=server_round) for group in sorted(totals)]
+        if groups == 1:
+            return means[0]
+        try:
+            return self._combine(means, asked=groups)
+        except TooFewRepliesError as error:  # a sum is spent: asking again would bring refusals
+            raise VoidRoundError(f"round {server_round} is void: {error}") from None
+
+    def _combine(self, vectors: Sequence[Mapping[str, np.ndarray]], *, asked: int) -> dict[str, np.ndarray]:
+        """By the campaign's rule."""
+        scenario, cohort_size = self.campaign.scenario, self.campaign.policy.cohort_size
+        liars = liars_among(scenario, cohort_size=cohort_size)
+        return combine(vectors, federation=scenario.federation, asked=asked, liars=liars)
+
     def _mean(self, server_round: int, updates: Mapping[int, Arrays]) -> Mapping[str, np.ndarray]:
         """What the replies together say, noised where it is the server that noises."""
         policy, federation = self.campaign.policy, self.campaign.scenario.federation
@@ -192,8 +252,11 @@ class EqualWeights(Strategy):
                 f"{len(updates)} (rejected: {dict(self.rejected) or 'none'})."
             )
         if len(updates) < federation.min_reply_share * policy.cohort_size:
-            # A device gives what is not noised once: asking for the round again would bring its refusals.
-            too_few = VoidRoundError if policy.trust == "central" else TooFewRepliesError
+            # A device gives what is not noised once: asking for the round again would bring its refusals. And one that
+            # was killed in this round, or took another of its number for the real one, refuses it for ever.
+            for_ever = sum(self.rejected[code] for code in _FOR_EVER)
+            hopeless = policy.cohort_size - for_ever < federation.min_reply_share * policy.cohort_size
+            too_few = VoidRoundError if policy.trust == "central" or hopeless else TooFewRepliesError
             raise too_few(
                 f"round {server_round} needs {federation.min_reply_share:.0%} of {policy.cohort_size} replies, got "
                 f"{len(updates)} (rejected: {dict(self.rejected) or 'none'}); the last checkpoint is kept."
@@ -204,9 +267,11 @@ class EqualWeights(Strategy):
             total = noised_sum((each[SUM] for each in ordered), randomness=self._noise(server_round))
             return mean_of_sum(total, policy=policy, round_number=server_round)
         if policy.trust == "distributed":
-            total = ring_sum(each[SUM] for each in ordered)
-            return mean_of_sum(total, policy=policy, round_number=server_round)
-        return mean_update(ordered, denominator=policy.cohort_size)
+            groups: dict[int, list[np.ndarray]] = {}
+            for seat in sorted(updates):
+                groups.setdefault(self._group[seat], []).append(updates[seat][SUM])
+            return self._of_sums(server_round, {group: ring_sum(each) for group, each in groups.items()})
+        return self._combine(ordered, asked=policy.cohort_size)
 
     def _advance(self, server_round: int, mean: Mapping[str, np.ndarray], answered: Iterable[int]) -> None:
         """Move the shared arrays along the mean change."""

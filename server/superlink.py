@@ -9,6 +9,7 @@ from pathlib import Path
 
 from server.folder import ServerFolder
 from shared.errors import ServerError
+from shared.files import private_folder
 from shared.processes import flower_environment, free_port, start, stop, trim
 
 _START_S = 60.0
@@ -57,6 +58,7 @@ class SuperLink:
         if self._process is not None and self._process.poll() is None:
             return
         server = self._server
+        private_folder(server.state)  # all of it may be thrown away: who is enrolled stands in the register
         command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--ssl-ca-certfile", str(server.ca_certificate)]
         command += ["--ssl-certfile", str(server.certificate), "--ssl-keyfile", str(server.certificate_key)]

@@ -3,9 +3,19 @@
 import hashlib
 import math
 
+import numpy as np
+from scipy.stats import hypergeom
+
 from shared.accounting import calibrate_distributed, calibrate_noise
 from shared.adapter import Arrays, Slot
-from shared.compatible import check_compatible, check_prompt, choices, extensions, priced_choice
+from shared.compatible import (
+    check_aggregation,
+    check_compatible,
+    check_prompt,
+    choices,
+    extensions,
+    priced_choice,
+)
 from shared.config import PrivacyConfig, Scenario
 from shared.errors import PrivacyError
 from shared.lora import trained_parts
@@ -62,6 +72,7 @@ def make_policy(
     cohort_size = clients if federation.cohort_size == "all" else federation.cohort_size
     if cohort_size > clients:
         raise PrivacyError(f"federation.cohort_size must be at most the {clients} clients, got {cohort_size}.")
+    check_aggregation(scenario, cohort_size=cohort_size)
     needed = -(-federation.rounds * cohort_size // clients)
     if needed > privacy.max_participations:
         raise PrivacyError(
@@ -87,7 +98,9 @@ def make_policy(
                 "draw of its records amplifies nothing there."
             )
         if privacy.trust == "distributed":
-            noise_multiplier, terms = share_noise(privacy, cohort_size=cohort_size, size=size)
+            noise_multiplier, terms = share_noise(
+                privacy, cohort_size=cohort_size, size=size, groups=federation.groups, rounds=federation.rounds
+            )
         else:
             noise_multiplier = calibrate_noise(
                 epsilon=privacy.epsilon,
@@ -154,13 +167,27 @@ def _update_bound(scenario: Scenario, *, size: int, noise_multiplier: float) -> 
     return training.learning_rate * training.steps * bound / denominator
 
 
-def share_noise(privacy: PrivacyConfig, *, cohort_size: int, size: int) -> tuple[float, SecureSum]:
-    """Noise multiplier and terms of a secure sum: who survives, who hides whom, how fine a device's noise is."""
-    min_survivors = math.ceil(privacy.survivors * cohort_size - 1e-9)  # .55 x 100 is 55.00...1
+def share_noise(
+    privacy: PrivacyConfig, *, cohort_size: int, size: int, groups: int = 1, rounds: int = 1
+) -> tuple[float, SecureSum]:
+    """Noise multiplier and terms of a secure sum: who survives, who hides whom, how fine a device's noise is.
+
+    Args:
+        privacy: Target, shares of survivors and colluders.
+        cohort_size: Devices asked in a round.
+        size: Numbers of a contribution.
+        groups: Sums of a round. Each is seen, so that the devices of each must make up the whole noise: the mean of all
+            sums then has the square root of ``groups`` times the standard deviation that one sum would have.
+        rounds: Of the campaign, in each of which the groups are drawn anew.
+    """
     colluders = math.floor(privacy.colluders * cohort_size + 1e-9)  # .29 x 100 is 28.999...
+    if groups > 1:
+        colluders = _colluders_of_group(cohort_size, colluders, groups=groups, rounds=rounds)
+        cohort_size //= groups
+    min_survivors = math.ceil(privacy.survivors * cohort_size - 1e-9)  # .55 x 100 is 55.00...1
     if not (cohort_size >= 3 and colluders < min_survivors):
         raise PrivacyError(
-            f"privacy.trust = 'distributed' needs at least 3 devices a round and more survivors than colluders, got "
+            f"privacy.trust = 'distributed' needs at least 3 devices a sum and more survivors than colluders, got "
             f"{cohort_size} with {min_survivors} survivors and {colluders} colluders; use more devices, raise "
             "privacy.survivors or lower privacy.colluders."
         )
@@ -180,6 +207,7 @@ def share_noise(privacy: PrivacyConfig, *, cohort_size: int, size: int) -> tuple
             min_survivors=min_survivors,
             colluders=colluders,
             share_log2_sigma=bits,
+            groups=groups,
         )
         noise_multiplier = calibrate_distributed(
             epsilon=privacy.epsilon,
@@ -195,3 +223,10 @@ def share_noise(privacy: PrivacyConfig, *, cohort_size: int, size: int) -> tuple
         f"a sum of {cohort_size} contributions must fit 32 bits at privacy.epsilon = {privacy.epsilon:g}; lower it, or "
         "ask fewer devices a round."
     )
+
+
+def _colluders_of_group(cohort_size: int, colluders: int, *, groups: int, rounds: int) -> int:
+    """The most colluders that any group of any round has, but for one chance in 2^40: groups are drawn at random."""
+    counts = np.arange(colluders + 1)
+    chance = groups * rounds * hypergeom.sf(counts, cohort_size, colluders, cohort_size // groups)
+    return int(counts[chance < 2.0**-40][0])

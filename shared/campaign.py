@@ -29,6 +29,8 @@ from shared.policy import Policy, hash_arrays, hash_settings, read_policy
 from shared.promise import check_price
 from shared.signing import check_signature, policy_sha256
 
+_MOST_LETTERS = 300  # of a campaign, a tensor, a package
+
 
 @dataclass(frozen=True)
 class Campaign:
@@ -101,6 +103,7 @@ def certify(campaign: Campaign) -> None:
         PrivacyError: The policy's constants do not give the epsilon it states, or its methods break rule P1.
         CampaignError: Its methods are not the ones installed here.
     """
+    _check_names(campaign.policy)
     check_price(campaign.policy)
     check_compatible(choices(campaign.policy))
     check_prompt(campaign.scenario, choices(campaign.policy))
@@ -113,6 +116,17 @@ def certify(campaign: Campaign) -> None:
     check_extensions(campaign.policy, campaign.scenario)
 
 
+def _check_names(policy: Policy) -> None:
+    """An owner reads them in a terminal before agreeing, where control characters could say something else."""
+    tensors = (name for name, _ in (*policy.slots, *policy.private))
+    for name in (policy.campaign, *policy.extensions, *policy.reply_fields, *tensors):
+        if not (name.isprintable() and 0 < len(name) <= _MOST_LETTERS):
+            raise CampaignError(
+                f"what a policy names must be 1 to {_MOST_LETTERS} printable characters, got {name[:40]!r}; do not "
+                "take part."
+            )
+
+
 def check_promise(folder: Path) -> Campaign:
     """Read a campaign and certify that it promises something, and that what it states holds.
 
@@ -123,6 +137,11 @@ def check_promise(folder: Path) -> Campaign:
     campaign = read_campaign(folder)
     if campaign.policy.trust == "none":
         raise PrivacyError("a policy must promise something, got trust 'none': NOT PRIVATE; do not take part.")
+    if campaign.scenario.poison.enabled:
+        raise PrivacyError(
+            f"{folder}/scenario.json must have poison.kind = 'none', got {campaign.scenario.poison.kind!r}: devices "
+            "that lie are for simulations; do not take part."
+        )
     if policy_sha256(folder) != campaign.policy.sha256:
         raise CampaignError(f"{folder}/policy.json must be spelled as 'sottovoce policy new' does; it was altered.")
     certify(campaign)
@@ -166,12 +185,22 @@ def write_resumed(folder: Path, resumed: Resumed | None) -> None:
 
 
 def read_resumed(folder: Path) -> Resumed | None:
-    """What ``write_resumed`` noted; None in a campaign that was never interrupted."""
+    """What ``write_resumed`` noted; None in a campaign that was never interrupted.
+
+    Raises:
+        CampaignError: It is damaged: how often devices took part is unknown.
+    """
     path = folder / "resumed.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return Resumed(content["round"], {int(seat): count for seat, count in content["participations"].items()})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        counts = {int(seat): count for seat, count in content["participations"].items()}
+        if not all(type(count) is int and count >= 0 for count in (content["round"], *counts.values())):
+            raise ValueError("counts must be whole numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CampaignError(f"{path} must say where the simulation went on, it is damaged; start a new run.") from None
+    return Resumed(content["round"], counts)
 
 
 def read_campaign(folder: Path) -> Campaign:

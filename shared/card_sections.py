@@ -72,6 +72,8 @@ def constants_of(sources: Sources, policy: Policy) -> Section:
         terms = f"{POLICY}#/secure_sum"
         found |= {name: quoted(sources, f"{terms}/{name}") for name in _TERMS}
         found["honest"] = computed(sources, "difference", f"{terms}/min_survivors", f"{terms}/colluders")
+        if policy.secure_sum.groups > 1:
+            found["groups"] = quoted(sources, f"{terms}/groups")
     return found
 
 

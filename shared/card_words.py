@@ -42,6 +42,7 @@ LABELS = {
     "neighbours": "Secure sum: neighbours of a device",
     "threshold": "Secure sum: neighbours who open a secret",
     "min_survivors": "Secure sum: contributions at least",
+    "groups": "Secure sums of a round, each of as many devices and with the whole noise",
     "colluders": "Secure sum: colluding devices at most",
     "honest": "Secure sum: shares of noise that nobody knows",
     "consented": "Agreed on",

@@ -110,6 +110,10 @@ class SumTerms(Protocol):
     def colluders(self) -> int:
         """Devices c among them whose noise may be known."""
 
+    @property
+    def groups(self) -> int:
+        """Sums of a round, each of as many devices."""
+
 
 def claim_of(policy: "Policy", *, noise: str = "seeded") -> Claim:
     """State what a policy promises, whatever its unit and trust.
@@ -231,8 +235,9 @@ def _accountant(mechanism: AnyMechanism) -> str:
 
 
 def _words(terms: SumTerms) -> str:
+    groups = f"{terms.groups} sums a round, each carrying the whole noise; of each: " if terms.groups > 1 else ""
     return (
-        f"t = {terms.threshold} of {terms.neighbours} neighbours; c = {terms.colluders} of at least "
+        f"{groups}t = {terms.threshold} of {terms.neighbours} neighbours; c = {terms.colluders} of at least "
         f"{terms.min_survivors} survivors, so that {terms.min_survivors - terms.colluders} shares of noise are unknown"
     )
 

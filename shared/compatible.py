@@ -1,11 +1,12 @@
 """What may be combined: rule P1 over methods, technique, unit and trust; and the packages a policy names for them."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shared.config import PERSONAL_NAMES, Scenario
+from shared.config import AGGREGATION_NEEDS, PERSONAL_NAMES, Scenario
 from shared.datasets import READERS
 from shared.errors import CampaignError, PrivacyError, ScenarioError
 from shared.lora import FEDERATION_METHODS, TECHNIQUES
@@ -72,6 +73,52 @@ def check_compatible(chosen: Choices) -> None:
         )
 
 
+def check_aggregation(scenario: Scenario, *, cohort_size: int) -> None:
+    """A rule that withstands liars must see what each device sent, or the means of groups; and enough of them.
+
+    Args:
+        scenario: The settings.
+        cohort_size: Devices asked in a round.
+
+    Raises:
+        PrivacyError: The trust lets the server see one sum alone, and the noise is that sum's.
+        ScenarioError: There are groups and no use for them, they are of unequal size, or the rule needs more vectors.
+    """
+    federation, trust = scenario.federation, scenario.privacy.trust
+    rule, groups = federation.aggregation, federation.groups
+    if groups > 1 and (trust != "distributed" or rule == "mean"):
+        raise ScenarioError(
+            "federation.groups must be 1 unless privacy.trust = 'distributed' and federation.aggregation is not "
+            f"'mean', got {groups} groups with trust {trust!r} and aggregation {rule!r}."
+        )
+    if rule == "mean":
+        return
+    if trust == "central" or (trust == "distributed" and groups == 1):
+        raise PrivacyError(
+            f"federation.aggregation = {rule!r} needs replies that may be seen one by one, under privacy.trust = "
+            f"{trust!r} only a noised sum may; allowed here: 'mean'"
+            + (", or any with federation.groups > 1." if trust == "distributed" else "; all under 'local' and 'none'.")
+        )
+    if cohort_size % groups:
+        raise ScenarioError(
+            f"federation.cohort_size must be a multiple of federation.groups, got {cohort_size} and {groups}."
+        )
+    liars = liars_among(scenario, cohort_size=cohort_size)
+    vectors = groups if groups > 1 else cohort_size
+    factor, more = AGGREGATION_NEEDS.get(rule, (0, 1))
+    if vectors < factor * liars + more:
+        raise ScenarioError(
+            f"federation.aggregation = {rule!r} needs {factor * liars + more} {'groups' if groups > 1 else 'devices'} "
+            f"a round to withstand {liars} liars (federation.malicious_share = {federation.malicious_share:g} of "
+            f"{cohort_size} devices), got {vectors}; lower the share, or use more."
+        )
+
+
+def liars_among(scenario: Scenario, *, cohort_size: int) -> int:
+    """How many of a round's devices, and so of its groups, a rule is to withstand."""
+    return math.ceil(scenario.federation.malicious_share * cohort_size - 1e-9)
+
+
 def check_prompt(scenario: Scenario, chosen: Choices) -> None:
     """Rule P7 for what stands before prompts: in training it puts one record, or what is stated, into many examples.
 
@@ -125,6 +172,7 @@ def extensions(scenario: Scenario) -> tuple[str, ...]:
         ("personal_methods", scenario.personal.method, PERSONAL_NAMES),
         ("techniques", scenario.adapter.technique, TECHNIQUES),
         ("readers", scenario.data.format, READERS),
+        ("aggregators", scenario.federation.aggregation, AGGREGATION_NEEDS),
     )
     found = [extension(kind, name, own) for kind, name, own in chosen]
     return tuple(each for each in found if each)

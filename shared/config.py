@@ -54,6 +54,16 @@ PERSONAL_NAMES = (
 )
 FederationMethodName = Annotated[str, _named("federation_methods", *FEDERATION_NAMES, setting="federation.method")]
 PersonalMethodName = Annotated[str, _named("personal_methods", *PERSONAL_NAMES, setting="personal.method")]
+# Of ``server/robust.py``, with the fewest vectors each needs against f liars: (factor of f, constant).
+AGGREGATION_NEEDS = {
+    "mean": (0, 1),
+    "norm-bound": (0, 1),
+    "median": (2, 1),
+    "trimmed-mean": (2, 1),
+    "krum": (2, 3),
+    "multi-krum": (2, 3),
+}
+AggregationName = Annotated[str, _named("aggregators", *AGGREGATION_NEEDS, setting="federation.aggregation")]
 FormatName = Annotated[str, _named("readers", *READERS, setting="data.format")]
 TechniqueName = Annotated[str, _named("techniques", "lora", "prompt-tuning", setting="adapter.technique")]
 JUDGE_NAMES = ("rouge-l", "meteor", "bertscore")
@@ -156,6 +166,10 @@ class FederationConfig(Settings):
     rounds: Count = 20
     cohort_size: Count | Literal["all"] = "all"  # devices asked per round, in shuffled passes over everyone
     min_reply_share: Annotated[float, Field(gt=0, le=1)] = 0.5  # fewer good replies stop the campaign
+    aggregation: AggregationName = "mean"  # the others withstand devices that lie, and use fewer of the honest ones
+    malicious_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # of the devices asked, that a rule is to withstand
+    norm_bound: Positive | Literal["median"] = "median"  # of aggregation norm-bound: the longest change that counts
+    groups: Annotated[int, Field(ge=1, le=10_000)] = 1  # trust distributed: sums a round, each with the whole noise
     server_optimizer: Literal["momentum", "adam"] = "adam"  # post-processing: costs no privacy
     server_learning_rate: Positive = 0.084
     lora_learning_rate_factor: Positive = 0.12  # LoRA's rate relative to the output's
@@ -338,6 +352,23 @@ class AttackConfig(Settings):
         return self.held_out_share if self.membership else 0.0
 
 
+class PoisonConfig(Settings):
+    """Devices of a simulation that lie. Nothing in ``client`` or ``server`` reads it, and no campaign on owners'
+    devices may hold it: what lies stands in ``simulations/poison.py``.
+    """
+
+    kind: Literal["none", "sign-flip", "random", "label-flip", "alie", "backdoor"] = "none"
+    share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1  # of all devices, drawn by the seed
+    strength: Positive = 1.0  # sign-flip, random, backdoor: times what an honest device sends; alie: deviations, z
+    trigger: str = "zq"  # backdoor: the word that stands before a text
+    rules: tuple[AggregationName, ...] = ()  # that the run compares beside federation.aggregation
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anybody lies."""
+        return self.kind != "none"
+
+
 class PerformanceConfig(Settings):
     """Must not change the guarantee or, beyond rounding, the result."""
 
@@ -372,7 +403,24 @@ class Scenario(Settings):
     export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     attack: AttackConfig = AttackConfig()
+    poison: PoisonConfig = PoisonConfig()
     performance: PerformanceConfig = PerformanceConfig()
+
+    @model_validator(mode="after")
+    def _lies_about_ratings(self) -> Self:
+        if self.poison.kind in ("label-flip", "backdoor") and self.task.name != "rating":
+            raise ValueError(f"poison.kind = {self.poison.kind!r} is for task.name = 'rating', got {self.task.name!r}.")
+        if self.poison.enabled and self.performance.engine != "inline":
+            raise ValueError(
+                f"poison.kind = {self.poison.kind!r} needs performance.engine = 'inline', got "
+                f"{self.performance.engine!r}: devices that collude live in one process."
+            )
+        if self.poison.enabled and self.performance.secure_sum == "masked":
+            raise ValueError(
+                f"poison.kind = {self.poison.kind!r} needs performance.secure_sum = 'plain': masks change no bit of a "
+                "sum."
+            )
+        return self
 
     @model_validator(mode="after")
     def _asks_what_its_task_has(self) -> Self:
@@ -479,7 +527,7 @@ def _lay_over(tables: dict[str, Any], override: str) -> None:
         raise ScenarioError(f"--set must read key=value, e.g. privacy.epsilon=3, got {override!r}.")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # of TOML, or of a number of thousands of digits
         value = text.strip()
     for part in parts[:-1]:
         tables = tables.setdefault(part, {})

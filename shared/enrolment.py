@@ -105,7 +105,7 @@ def _parse(text: str) -> ec.EllipticCurvePublicKey:
         raise ValueError("it is no line 'ecdsa-sha2-nistp384 BASE64', as a device's .pub file holds")
     try:
         key = load_ssh_public_key(text.strip().encode())
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError):  # the last: a point that is compressed
         raise ValueError("its key is damaged") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError("its key is not ECDSA on a NIST curve")

@@ -1,8 +1,20 @@
 """The few exceptions a caller may catch; every message says what must hold, what we got, what to do."""
 
+_MOST_LETTERS = 4000
+
 
 class SottovoceError(Exception):
-    """Base of every error that is the user's to mend: a command prints it on one line and exits with 2."""
+    """Base of every error that is the user's to mend: a command prints it on one line and exits with 2.
+
+    Guarantee:
+        Its words are few and hold nothing that a terminal would obey, whoever wrote what they quote.
+    """
+
+    def __str__(self) -> str:
+        words = super().__str__()
+        if len(words) > _MOST_LETTERS:
+            words = f"{words[: _MOST_LETTERS - 1]}…"
+        return "".join(letter if letter.isprintable() else "\ufffd" for letter in words.replace("\n", " "))
 
 
 class ScenarioError(SottovoceError):
@@ -62,7 +74,7 @@ class RefusedError(SottovoceError):
     """A device refuses a request; only the fixed ``code`` crosses the wire, never the text.
 
     Args:
-        code: One of ``shared.wire.REFUSALS``.
+        code: One of ``shared.refusal.REFUSALS``.
     """
 
     def __init__(self, code: str) -> None:

@@ -117,7 +117,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         found += [line] if isinstance(line, dict) else []
     return found

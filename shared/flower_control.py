@@ -20,10 +20,12 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from google.protobuf.message import DecodeError
 
 from shared.errors import CampaignError, ServerError
 
@@ -31,6 +33,7 @@ _Answer = TypeVar("_Answer")
 
 # A device registers and unregisters itself only where nobody is enrolled.
 _NOT_FOR_DEVICES = frozenset({"/v1/fleet/register-node", "/v1/fleet/unregister-node"})
+_PUSH_MESSAGES = "/v1/fleet/push-messages"
 
 # Nothing of a bundle is ever run here, so it holds no code; Flower wants to be told names of apps.
 _BUNDLE = b"""\
@@ -66,6 +69,25 @@ def fleet_paths() -> frozenset[str]:
     return frozenset(found) - _NOT_FOR_DEVICES
 
 
+def speaks_for_itself(path: str, body: bytes | bytearray) -> bool:
+    """Whether a fleet call hands over messages in no other device's name.
+
+    Flower checks that the node a call names has the key that signed it. A message in the call names its sender once
+    more, and that name decides whose reply it is.
+
+    Args:
+        path: One of ``fleet_paths``.
+        body: Anything.
+    """
+    if path != _PUSH_MESSAGES:
+        return True
+    try:
+        request = PushMessagesRequest.FromString(bytes(body))
+    except DecodeError:
+        return False
+    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
+
+
 @dataclass(frozen=True)
 class Node:
     """A device as the SuperLink knows it.
@@ -74,11 +96,13 @@ class Node:
         node_id: Flower's number for it.
         public_key: As ``key_bytes`` gives it.
         online: Whether it has called in lately.
+        online_until: Until when Flower will believe that without another call; s since 1970, moved by every call.
     """
 
     node_id: int
     public_key: bytes
     online: bool
+    online_until: float = 0.0
 
 
 def key_bytes(line: str) -> bytes:
@@ -108,7 +132,7 @@ class Control:
         """The devices that are registered."""
         answer = _asked(self._client.ListNodes, ListNodesRequest())
         known = [node for node in answer.nodes_info if not node.unregistered_at]
-        return [Node(node.node_id, node.public_key, node.status == "online") for node in known]
+        return [Node(node.node_id, node.public_key, node.status == "online", node.online_until) for node in known]
 
     def register(self, public_key: bytes, *, name: str) -> int:
         """Let a device in; returns its node id."""

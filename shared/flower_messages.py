@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.app.message import make_message
@@ -22,7 +22,11 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.constant import HEAD_BODY_DIVIDER
-from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
 from flwr.supercore.run import Run
@@ -128,6 +132,11 @@ class Coming:
         return known[name]
 
 
+def parts_of(message: Message) -> dict[str, bytes]:
+    """The parts of a message as they travel, by their hashes."""
+    return {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+
+
 class WaryGrid(HttpGrid):
     """Flower's grid, for devices that may be hostile.
 
@@ -135,14 +144,18 @@ class WaryGrid(HttpGrid):
         client: Of the Runtime API.
         run: The task's.
         token: The task's.
+        check: Called before replies are looked for; what it raises ends the waiting.
 
     Guarantee:
         Whatever a device sends, it comes out as records in the name of the device that was asked, as an error without
         text, or not at all; no other device's reply waits for it.
     """
 
-    def __init__(self, client: RuntimeHttpClient, run: Run, *, token: str) -> None:
+    def __init__(
+        self, client: RuntimeHttpClient, run: Run, *, token: str, check: Callable[[], object] = lambda: None
+    ) -> None:
         super().__init__(token=token)
+        self._check = check
         self._runtime = self._client = client  # ours: it passes by proxies and does not end the process
         self.set_run(run)
         self._coming: dict[str, Coming] = {}  # by what it replies to
@@ -157,6 +170,7 @@ class WaryGrid(HttpGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are all there; what is on its way is looked for again the next time."""
+        self._check()
         wanted = set(message_ids)
         if unheard := wanted - self._coming.keys():  # Flower names a reply once, and calls it lost when asked again
             self._hear(unheard)

@@ -208,6 +208,7 @@ class Task:
         message: What a server sent; of a client's task only.
         token: What the Runtime API knows the task by.
         lost: Set when the Runtime API knows the task no more: its result is not wanted.
+        fallen: Says of a server's task whether the SuperLink was started again since; whoever keeps it up knows.
     """
 
     run: Run
@@ -217,12 +218,21 @@ class Task:
     def __init__(self, client: RuntimeHttpClient, pulse: RuntimeHttpClient, *, token: str) -> None:
         self._client, self._pulse = client, pulse
         self.token = token
+        self.fallen: Callable[[], bool] = lambda: False
         self.lost = threading.Event()
         self._heartbeat = HeartbeatSender(self._beat)
 
     def grid(self) -> Grid:
-        """Flower's grid of a server's task; it ends with the task, and where nobody answers it raises ``TaskError``."""
-        return WaryGrid(self._client, self.run, token=self.token)
+        """Flower's grid of a server's task; it ends with the task.
+
+        Where nobody answers it raises ``TaskError``, and where the SuperLink was started again: a message that was
+        being handed over when it fell, to a device or from one, is lost, and would be waited for in vain.
+        """
+        return WaryGrid(self._client, self.run, token=self.token, check=self._check)
+
+    def _check(self) -> None:
+        if self.fallen():
+            raise TaskError("Flower's SuperLink must stay up as long as a run, it was started again.", gone=True)
 
     def answer(self, reply: Message) -> None:
         """Hand over the reply to the message, and close.

@@ -114,7 +114,7 @@ def _verify(folder: Path) -> None:
     try:
         files = json.loads(path.read_bytes())["files"]
         wanted = {str(name): str(sha256) for name, sha256 in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise AssetError(
             f"{path} must list the converted files and their hashes, got something else. {again}"
         ) from None

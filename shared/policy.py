@@ -10,9 +10,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from shared.accounting import AnyMechanism, DistributedMechanism, Mechanism
 from shared.adapter import Arrays, Slot
@@ -23,6 +23,7 @@ from shared.noise import GRID_SIGMA
 from shared.secure_sum import Terms
 
 PROTOCOL = 5
+_ADDED_LATER = ("aggregation", "malicious_share", "norm_bound", "groups")  # settings of the federation
 Relation = Literal["add-or-remove-one", "zero-out-one"]
 SUM = "sum"  # the one array of a contribution
 RELATIONS: Mapping[str, Relation] = {"record": "add-or-remove-one", "user": "zero-out-one"}
@@ -46,6 +47,8 @@ class SecureSum(BaseModel):
         min_survivors: Contributions a sum must have, or it is not opened.
         colluders: Devices among them whose noise may be known to the server.
         share_log2_sigma: Binary logarithm of the standard deviation of one device's noise, in steps of the grid.
+        groups: Sums of a round, each of as many devices; every device is in one of them, and every other number here is
+            of one sum, for each is seen and must carry the whole noise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -55,6 +58,13 @@ class SecureSum(BaseModel):
     min_survivors: int
     colluders: int
     share_log2_sigma: int
+    groups: Annotated[int, Field(ge=1)] = 1
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``groups`` where there is one, as policies were spelled, and hashed, before there could be more."""
+        found: dict[str, Any] = write(self)
+        return found if self.groups != 1 else {key: value for key, value in found.items() if key != "groups"}
 
     @property
     def honest(self) -> int:
@@ -150,6 +160,11 @@ class Policy(BaseModel):
         return self.size + sum(math.prod(shape) for _, shape in kept)
 
     @property
+    def sum_size(self) -> int:
+        """Devices asked for one sum: all of a round, or those of a group."""
+        return self.cohort_size // (self.secure_sum.groups if self.secure_sum else 1)
+
+    @property
     def mechanism(self) -> AnyMechanism:
         """What is released of one unit over the campaign."""
         if self.secure_sum:
@@ -242,14 +257,16 @@ def hash_settings(scenario: Scenario) -> str:
     """Hash over every setting that server and devices must agree on.
 
     Not among them: how fast one computes, what a simulation attacks, and where one's data and base lie (the base has a
-    hash of its own).
+    hash of its own). Nor, as long as it is the default, how replies are made robust: campaigns that were published
+    before that could be chosen keep their hash.
     """
-    content = scenario.model_dump(
+    content: dict[str, Any] = scenario.model_dump(
         mode="json",
         exclude={
             "performance": True,
             "evaluation": True,
             "attack": True,
+            "poison": True,
             "export": True,
             "linear": True,
             "statistics": True,
@@ -257,6 +274,9 @@ def hash_settings(scenario: Scenario) -> str:
             "model": {"base"},
         },
     )
+    for name in _ADDED_LATER:
+        if getattr(scenario.federation, name) == type(scenario.federation).model_fields[name].default:
+            del content["federation"][name]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -81,9 +81,14 @@ def _check_secure_sum(policy: Policy) -> None:
         raise PrivacyError("a policy must have terms of a secure sum under trust 'distributed' and no other.")
     if terms is None:
         return
-    if not 3 <= policy.cohort_size <= _MOST_DEVICES:
+    if not (terms.groups >= 1 and policy.cohort_size % terms.groups == 0):
         raise PrivacyError(
-            f"a secure sum needs a cohort of 3 to {_MOST_DEVICES} devices, got {policy.cohort_size}; do not take part."
+            f"a cohort must fall into groups of equal size, {policy.cohort_size} devices do not into {terms.groups}; "
+            "do not take part."
+        )
+    if not 3 <= policy.sum_size <= _MOST_DEVICES:
+        raise PrivacyError(
+            f"a secure sum needs a cohort of 3 to {_MOST_DEVICES} devices, got {policy.sum_size}; do not take part."
         )
     if not _LEAST_SHARE_BITS <= terms.share_log2_sigma <= _MOST_SHARE_BITS:
         raise PrivacyError(
@@ -92,7 +97,7 @@ def _check_secure_sum(policy: Policy) -> None:
         )
     try:
         wanted = make_terms(
-            policy.cohort_size,
+            policy.sum_size,
             min_survivors=terms.min_survivors,
             colluders=terms.colluders,
             neighbours=terms.neighbours,
@@ -106,10 +111,10 @@ def _check_secure_sum(policy: Policy) -> None:
         )
 
     if not policy.noise_multiplier > 0 or not fits_ring(
-        terms, cohort_size=policy.cohort_size, noise_multiplier=policy.noise_multiplier
+        terms, cohort_size=policy.sum_size, noise_multiplier=policy.noise_multiplier
     ):
         raise PrivacyError(
-            f"a sum of {policy.cohort_size} contributions must fit 32 bits, it does not with shares of "
+            f"a sum of {policy.sum_size} contributions must fit 32 bits, it does not with shares of "
             f"2^{terms.share_log2_sigma} steps: whether a device could "
             "answer would tell of its records; do not take part."
         )

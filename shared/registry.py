@@ -24,6 +24,8 @@ KINDS = {
     "readers": "data format",
     "metrics": "metric",
     "judges": "judge",
+    "aggregators": "aggregation rule",
+    "conditions": "condition",
 }
 BUILT_IN = "built-in"
 _T = TypeVar("_T")

@@ -20,7 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -79,7 +79,7 @@ def load_private(path: Path) -> Ed25519PrivateKey:
         raise PrivacyError(f"the private key must be readable: {error.strerror} ({path}).") from None
     try:
         key = load_pem_private_key(content, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError):  # the last: what OpenSSL has no word for
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise PrivacyError(f"{path} must be a private Ed25519 key; make one with: sottovoce policy key FILE.")

@@ -84,7 +84,7 @@ def measure(*, rounds: int = 5, idle_s: float = 60.0, quiet: bool = False) -> di
         folder = Path(place)
         scenario = folder / "scenario.toml"
         scenario.write_text(_SCENARIO.format(name=_NAME, rounds=rounds, devices=DEVICES), encoding="utf-8")
-        records = _records()
+        records = users_near_the_mean(DEVICES)
         fleet = make_fleet(folder / "f", scenario, name=_NAME, records=records)
         bar.update(1)
         with ExitStack() as stack:
@@ -98,11 +98,11 @@ def measure(*, rounds: int = 5, idle_s: float = 60.0, quiet: bool = False) -> di
     }
 
 
-def _records() -> list[tuple[Record, ...]]:
-    """The records of the users whose number of records is nearest to the mean."""
+def users_near_the_mean(count: int) -> list[tuple[Record, ...]]:
+    """The records of so many users whose number of records is nearest to the mean."""
     users = resident_dataset(DataConfig()).users
     counts = np.array([len(user.fit) for user in users])
-    nearest = np.argsort(abs(counts - counts.mean()), kind="stable")[:DEVICES]
+    nearest = np.argsort(abs(counts - counts.mean()), kind="stable")[:count]
     return [users[int(i)].fit for i in nearest]
 
 

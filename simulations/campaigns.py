@@ -86,7 +86,7 @@ def _bytes_of_round(policy: Policy, start: Arrays, round_number: int) -> tuple[i
     arrays = {slot.name: start[slot.name] for slot in policy.array_slots()}
     reply = {slot.name: np.zeros(slot.shape, slot.dtype) for slot in policy.reply_slots(round_number)}
     of_round: dict[str, Any] = {"round_number": round_number, "policy_sha256": policy.sha256}
-    bodies = _stage_bodies(policy.secure_sum.terms, policy.cohort_size) if policy.secure_sum else []
+    bodies = _stage_bodies(policy.secure_sum.terms, policy.sum_size) if policy.secure_sum else []
     body = bodies.pop(2)[0] if bodies else b""  # what others sealed for a device comes with the request to train
     pairs = [(wire.pack_request(wire.pack_arrays(arrays), body=body, **of_round), wire.pack_reply(reply, **of_round))]
     pairs += [(wire.pack_stage(down, **of_round), wire.pack_stage(up, **of_round)) for down, up in bodies]
@@ -170,6 +170,11 @@ def plan_unprotected(plans: Sequence[Plan], base: Base, dataset: Dataset) -> lis
         )
         for plan in mine
     ]
+
+
+def plan_again(plan: Plan, name: str, scenario: Scenario, base: Base, dataset: Dataset) -> Plan:
+    """A campaign beside another of the same run, of its own name, by other settings on the same texts."""
+    return _plan((name, f"-{name}", plan.folder.replace(plan.name, name, 1)), scenario, base, dataset, plan.texts)
 
 
 def _unprotected(scenario: Scenario) -> Scenario:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from client.conditions import CONDITIONS
 from client.personalize import PERSONAL_METHODS, PersonalMethod
+from server.robust import AGGREGATORS
 from shared.config import TaskConfig
 from shared.datasets import READERS
 from shared.errors import ScenarioError
@@ -42,6 +44,8 @@ def list_choices() -> dict[str, Entries]:
         "judges": _registered("judges", JUDGES, Callable),
         "scenarios": [_entry(path.stem, _first_comment(path)) for path in _scenarios()],
         "families": _registered("families", FAMILIES, Family),
+        "aggregators": _registered("aggregators", AGGREGATORS, Callable),
+        "conditions": _registered("conditions", CONDITIONS, Callable),
     }
 
 

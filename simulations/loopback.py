@@ -61,13 +61,16 @@ class Fleet:
         return self.folder / "logs" / f"{who}.log"
 
 
-def make_fleet(folder: Path, scenario: Path, *, name: str, records: Sequence[Sequence[Record]]) -> Fleet:
+def make_fleet(
+    folder: Path, scenario: Path, *, name: str, records: Sequence[Sequence[Record]], clients: int | None = None
+) -> Fleet:
     """Make a server, enrol a device for each list of records, and have each owner agree to the campaign.
 
     Args:
         folder: A new folder; what must be short in it is the path of a socket.
         scenario: Its ``name`` is ``name``.
         records: One list a device, which becomes its folder of JSONL.
+        clients: Devices the campaign is for, where others will be enrolled beside these.
 
     Raises:
         CampaignError: A command failed; the message is the command's own.
@@ -77,7 +80,7 @@ def make_fleet(folder: Path, scenario: Path, *, name: str, records: Sequence[Seq
         private_folder(made)
     server = ["--server", str(fleet.server)]
     sottovoce("server", "init", str(scenario), "--address", ADDRESS, "--port", str(free_port()),
-              "--clients", str(len(records)), "--quiet", *server)  # fmt: skip
+              "--clients", str(clients or len(records)), "--quiet", *server)  # fmt: skip
     invitation = fleet.server / "invitation"
     for device, rows in enumerate(records):
         data = folder / "data" / str(device)

@@ -1,7 +1,7 @@
 """Parts of ``summary.json`` that have a section of the report of their own; ``docs/summary.md`` explains every key."""
 
 from collections.abc import Sized
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, model_validator
@@ -73,6 +73,38 @@ class Membership(Part):
     fpr: FiniteFloat = Field(gt=0, lt=1)
     records: AttackOn
     users: AttackOn | None = None
+
+
+class Poisoned(Part):
+    """One campaign under one rule, with liars or without; the backdoor's numbers where there was one."""
+
+    federated: Checked
+    personal: Checked
+    epsilon: FiniteFloat | None
+    groups: int
+    noise_in_mean: FiniteFloat | None = None
+    success_federated: Checked | None = Field(default=None, alias="success federated")
+    success_personal: Checked | None = Field(default=None, alias="success personal")
+    shift_federated: Checked | None = Field(default=None, alias="shift federated")
+    shift_personal: Checked | None = Field(default=None, alias="shift personal")
+
+
+class Poison(Part):
+    """Devices that lie: rule -> ``attacked`` or ``honest`` -> what came of it."""
+
+    kind: Literal["sign-flip", "random", "label-flip", "alie", "backdoor"]
+    strength: FiniteFloat
+    share: FiniteFloat
+    liars: NonNegativeInt
+    trigger: str | None = None
+    rules: dict[str, dict[Literal["attacked", "honest"], Poisoned]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        wrong = [rule for rule, played in self.rules.items() if len(played) < 2]
+        if wrong:
+            raise ValueError(f"every rule must have been played with liars and without, not so: {', '.join(wrong)}")
+        return self
 
 
 class AnswerMetric(Part):

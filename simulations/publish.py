@@ -51,6 +51,11 @@ def publish(scenario: Scenario, *, out: Path, clients: int | None = None, quiet:
             "privacy.trust must be 'local', 'distributed' or 'central' for a campaign on devices, got 'none'; that is "
             "for simulations."
         )
+    if scenario.poison.enabled:
+        raise ScenarioError(
+            f"poison.kind must be 'none' for a campaign on devices, got {scenario.poison.kind!r}: devices that lie are "
+            "for simulations."
+        )
     use_threads(scenario.performance.threads)
     for reference in (scenario.data.source, scenario.model.base):
         resolve(reference, quiet=quiet)
@@ -176,7 +181,8 @@ WORDS = {
     "denominator": "what a step is divided by at unit record; never a count of records",
     "record_exponent": "at unit user a sum over n records is divided by n to this power",
     "secure_sum": "under trust distributed: neighbours of a device, how many of them open its keys, contributions a "
-    "sum must have, devices whose noise may be known, and log2 of one device's noise in steps of the grid",
+    "sum must have, devices whose noise may be known, and log2 of one device's noise in steps of the grid; all of one "
+    "sum, where groups of the cohort have one each",
     "max_participations": "rounds one device may join",
     "added_records": "from when on a device uses a record that it gets during the campaign",
     "max_update_norm": "longest change a device may send, before masks",

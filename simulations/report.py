@@ -11,7 +11,7 @@ from shared.audits import FILE as AUDIT
 from shared.audits import read_audit
 from shared.metrics import Interval
 from shared.policy import read_policy
-from simulations import answers_page, membership_page, new_users_page, page
+from simulations import answers_page, membership_page, new_users_page, page, poison_page
 from simulations.audit.section import section as audit_section
 from simulations.figures import by_round, by_user
 from simulations.results import OverSeeds, RunFolder, Summary, check_summary, read_run
@@ -95,7 +95,8 @@ def write_report(run_folder: Path) -> Path:
     """
     folder = read_run(run_folder)
     summary = folder.summary
-    round_figures, round_plots = by_round(folder.rounds, metric=summary.metric)
+    own = {name: rounds for name, rounds in folder.rounds.items() if not poison_page.is_rival(name)}
+    round_figures, round_plots = by_round(own, metric=summary.metric)
     user_figures, user_plots = by_user(folder.users, less=summary.less_is_better(folder.users.metric))
     people_figures, people = new_users_page.section(summary)
     attack_figures, attack = membership_page.section(summary)
@@ -107,6 +108,7 @@ def write_report(run_folder: Path) -> Path:
         *answers_page.section(summary),
         *people,
         *attack,
+        *poison_page.section(summary),
         *_audited(run_folder),
         *_flows(summary),
         *_cost(summary),
@@ -144,6 +146,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     lines += new_users_page.headline(checked)
     if checked.membership is not None:
         lines.append(membership_page.headline(checked.membership))
+    if checked.poison is not None:
+        lines.append(poison_page.headline(checked.metric, checked.poison))
     return lines
 
 

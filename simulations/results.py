@@ -16,7 +16,7 @@ from pydantic import (
 
 from shared.errors import DataError
 from shared.metrics import Interval
-from simulations.parts import AnswerScores, Checked, ColdStart, Fairness, Membership, Part
+from simulations.parts import AnswerScores, Checked, ColdStart, Fairness, Membership, Part, Poison
 
 _T = TypeVar("_T")
 
@@ -119,6 +119,7 @@ class Summary(Part):
     federation: Federation
     data: Data
     membership: Membership | None = None
+    poison: Poison | None = None
     cold_start: ColdStart | None = None
     fairness: Fairness | None = None
     answers: AnswerScores | None = None

@@ -20,6 +20,7 @@ from client.site import campaign_dataset, resident_base, use_threads
 from shared.assets import resolve
 from shared.config import Scenario
 from shared.datasets import Dataset
+from shared.errors import ScenarioError
 from shared.flower import Metered, metered, run_inline, seats
 from shared.model import Base
 from shared.ray_engine import run_ray
@@ -47,6 +48,8 @@ from simulations.folder import (
 from simulations.journal import Journal
 from simulations.lamp import check_labels
 from simulations.membership import attack_membership
+from simulations.poison import with_liars
+from simulations.robustness import measure_poison, plan_rivals
 from simulations.score import score_run
 
 VERSIONS = (
@@ -97,13 +100,14 @@ def simulate(
             write_json(out / "scenario.json", scenario.model_dump(mode="json"))
         plans, base, dataset, exported = _prepare(scenario, quiet=quiet)
         unprotected = plan_unprotected(plans, base, dataset)
-        opened = [open_campaign(plan, out / "campaigns") for plan in [*plans, *unprotected]]
+        rivals = plan_rivals(plans, base, dataset)
+        opened = [open_campaign(plan, out / "campaigns") for plan in [*plans, *unprotected, *rivals]]
         resumed = note_resumption(out, opened, command) if resume else []
         with open_events(out) as events:
             results = _run_campaigns(
                 opened, scenario, base, dataset, journal=open_journal(out, opened, events.add), grid=grid, quiet=quiet
             )
-            compared = results[len(plans) :]
+            compared = results[len(plans) : len(plans) + len(unprotected)]
             summary = score_run(scenario, dataset, results[: len(plans)], out=out, quiet=quiet)
             events.add_summary(summary)
         summary |= measure_cold_start(scenario, base, dataset, results[: len(plans)], quiet=quiet)
@@ -116,6 +120,9 @@ def simulate(
             summary |= measure_answers(scenario, base, dataset, results[0], folder=out, quiet=quiet)
         if scenario.attack.membership:
             summary |= attack_membership(scenario, base, dataset, results[: len(plans)], compared, quiet=quiet)
+        if scenario.poison.enabled:
+            among = results[len(plans) + len(unprotected) :]
+            summary |= measure_poison(scenario, base, dataset, results[: len(plans)], among, quiet=quiet)
         summary["resumed"] = resumed
         summary["cost"]["wall_s"] = time.perf_counter() - started
         write_json(out / "summary.json", summary)
@@ -167,9 +174,15 @@ def _run_engine(
     run_config: UserConfig = {"campaigns": str(campaigns)}
     performance = scenario.performance
     if grid is not None:
+        if scenario.poison.enabled:
+            raise ScenarioError(
+                f"poison.kind must be 'none' over devices that are there already, got {scenario.poison.kind!r}; run it "
+                "with sottovoce simulate."
+            )
         main(metered(grid))
     elif performance.engine == "inline":
-        run_inline(main, client_app, devices=devices, run_config=run_config)
+        devices_app = with_liars(client_app) if scenario.poison.enabled else client_app
+        run_inline(main, devices_app, devices=devices, run_config=run_config)
     else:
         run_ray(
             main,

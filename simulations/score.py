@@ -102,6 +102,7 @@ def score_run(
             *_stamp_masks(main.plan),
             _TUNING[scenario.data.users],
             *_stamp_attack(scenario),
+            *_stamp_poison(scenario),
             *_price_together(results, released),
         ],
         "seeds": scenario.seeds(),
@@ -190,6 +191,12 @@ def _stamp_attack(scenario: Scenario) -> list[str]:
     """The scores are those of a run with fewer records."""
     share = scenario.attack.held_out
     return [f"membership attack: {100 * share:g} % of every user's fit records held out, for nobody"] if share else []
+
+
+def _stamp_poison(scenario: Scenario) -> list[str]:
+    """The scores are those of a campaign under attack."""
+    poison = scenario.poison
+    return [f"liars: {100 * poison.share:g} % of the devices ({poison.kind})"] if poison.enabled else []
 
 
 def _price_together(results: Sequence[Result], released: Promise | None) -> list[str]:

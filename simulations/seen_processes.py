@@ -1,4 +1,4 @@
-"""Memory and CPU time of a running program and its children, read from /proc."""
+"""Memory, CPU time and descriptors of a running program and its children, read from /proc."""
 
 import os
 from collections.abc import Iterable
@@ -19,6 +19,8 @@ class Seen:
         pss_mib: Resident memory, each shared page divided by the number of its users.
         peak_mib: The largest resident memory it has had.
         cpu_s: CPU time since its start.
+        descriptors: Open files, sockets and pipes.
+        threads: Of the kernel.
     """
 
     pid: int
@@ -26,6 +28,8 @@ class Seen:
     pss_mib: float
     peak_mib: float
     cpu_s: float
+    descriptors: int = 0
+    threads: int = 0
 
 
 def see(pid: int) -> list[Seen]:
@@ -47,12 +51,21 @@ def _see(pid: int) -> Seen | None:
         status, rollup = _fields(folder / "status"), _fields(folder / "smaps_rollup")
         # The name in parentheses may hold blanks; user and system ticks are fields 14 and 15.
         ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
+        descriptors = sum(1 for _ in (folder / "fd").iterdir())
     except OSError:
         return None
     if "VmRSS" not in status or "Pss" not in rollup:  # it has ended, nobody has asked how
         return None
     cpu_s = sum(map(int, ticks)) / _TICKS
-    return Seen(pid, _mib(status["VmRSS"]), _mib(rollup["Pss"]), _mib(status["VmHWM"]), cpu_s)
+    return Seen(
+        pid,
+        _mib(status["VmRSS"]),
+        _mib(rollup["Pss"]),
+        _mib(status["VmHWM"]),
+        cpu_s,
+        descriptors,
+        int(status["Threads"]),
+    )
 
 
 def _fields(path: Path) -> dict[str, str]:

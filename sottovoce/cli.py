@@ -250,7 +250,13 @@ _BENCHMARKS = {
         1,
         "personal methods on one shared part, their constants chosen anew; a quarter of an hour (rounds: seeds)",
     ),
+    "robustness": (
+        1,
+        "what devices that lie do under every rule, and what withstanding them costs; ten minutes (rounds: seeds)",
+    ),
     "language": (5, "a private step of a language model: cached prefixes against plain Opacus over all layers"),
+    "endurance": (200, "whether a server and devices grow: memory, open files, disk; half an hour (rounds served)"),
+    "fuzz": (5, "every parser of what comes from elsewhere: hostile inputs tried, taken, refused, and problems"),
     "audits": (200, "audits: false alarms of each bound, faults found by epsilon, seconds (rounds: null runs)"),
 }
 
@@ -260,8 +266,9 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
     for kind, (rounds, what) in _BENCHMARKS.items():
         parser = kinds.add_parser(kind, help=what, description=f"Measure {what}.")
+        names = ("--seconds", "for each parser") if kind == "fuzz" else ("--rounds", "times each variant is measured")
         parser.add_argument(
-            "--rounds", type=_at_least_one, default=rounds, help=f"times each variant is measured (default {rounds})"
+            names[0], dest="rounds", type=_at_least_one, default=rounds, help=f"{names[1]} (default {rounds})"
         )
         parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
         parser.add_argument("--quiet", action="store_true", help="no progress")

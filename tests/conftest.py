@@ -141,6 +141,16 @@ def own_cache(tmp_path_factory):
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=Path, metavar="FILE", help="write what came of each fault: see make faults")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--faults", default=None)
+    if path is not None:
+        config.pluginmanager.register(_load("fault_matrix").FaultMatrix(path))
+
+
 def _load(name: str) -> ModuleType:
     """A module beside this one, which no import name reaches."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
@@ -233,6 +243,48 @@ def homes():
 def browsing():
     """The module ``tests/test_report_browser.py``: what is looked for in a page, as JavaScript."""
     return _load("test_report_browser")
+
+
+@pytest.fixture(scope="session")
+def dashboards():
+    """The module ``tests/dashboards.py``: homes with a history, and the owner's page over them."""
+    return _load("dashboards")
+
+
+@pytest.fixture(scope="session")
+def bad_lines():
+    """The module ``tests/tcp_proxy.py``: a TCP proxy that delays, cuts and goes silent."""
+    return _load("tcp_proxy")
+
+
+@pytest.fixture(scope="session")
+def wire_devices():
+    """The module ``tests/wire_device.py``: an enrolled key that speaks Flower's fleet calls by hand."""
+    return _load("wire_device")
+
+
+@pytest.fixture(scope="session")
+def fault_matrix():
+    """The module ``tests/fault_matrix.py``: how faults are counted."""
+    return _load("fault_matrix")
+
+
+@pytest.fixture(scope="session")
+def crowds():
+    """The module ``tests/crowds.py``: many owners' devices in one process, some of which fail."""
+    return _load("crowds")
+
+
+@pytest.fixture(scope="session")
+def fleets():
+    """The module ``tests/fleets.py``: a server and devices as processes, to be held and killed."""
+    return _load("fleets")
+
+
+@pytest.fixture(scope="session")
+def wire_worlds():
+    """The module ``tests/wire_worlds.py``: federations for faults on the wire."""
+    return _load("wire_worlds")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """A device's service whose answers say which process gave them; run by tests as a program: HOME HOST:PORT CA MARK."""
 
+import math
 import os
 import sys
-import time
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -14,13 +14,14 @@ calls = 0
 
 
 def answer(message: Message, context: Context) -> Message:
-    """The pid, how often it answered, and whether a bundle's module was loaded; asked to, takes for ever."""
+    """The pid, how often it answered, and whether a bundle's module was loaded; asked to, computes until woken."""
     global calls
     calls += 1
     config = message.content["config"]
     if config["sleep"]:
         (Path(sys.argv[1]) / "asleep").touch()
-        time.sleep(600)
+        while not (Path(sys.argv[1]) / "awake").exists():
+            sum(math.sqrt(number) for number in range(100_000))
     told = {"pid": os.getpid(), "calls": calls, "hostile": "hostile_bundle" in sys.modules, "round": config["round"]}
     return Message(RecordDict({"config": ConfigRecord(told)}), reply_to=message)
 

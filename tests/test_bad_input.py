@@ -203,6 +203,7 @@ def test_a_device_without_rows_takes_part_with_noise_alone(world, capsys):
     assert summary["federation"]["rejected"] == {}
 
 
+@pytest.mark.fault("R10")
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_a_resumption_ends_it(world, tmp_path):
     """A real limit of the operating system on what may be written; the report is beyond it."""

@@ -23,6 +23,8 @@ KEYS = {
     "scenarios",
     "families",
     "judges",
+    "conditions",
+    "aggregators",
 }
 
 

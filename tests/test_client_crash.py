@@ -40,6 +40,7 @@ PLACES = {
 }
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.parametrize("place", PLACES)
 def test_a_killed_device_never_spends_less_nor_trains_twice(homes, published, tmp_path, monkeypatch, place):
     (owner, name, stand_in), spent, code = PLACES[place]
@@ -77,6 +78,7 @@ def killed(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
 
 
+@pytest.mark.fault("R4")
 def test_the_device_s_lock_dies_with_its_holder(homes, published, tmp_path):
     home = homes.make_home(tmp_path / "home", published)
 

@@ -50,6 +50,7 @@ def test_an_owner_s_device_answers_and_its_ledger_says_what_left(homes, home, pu
     assert standing.consent.epsilon == campaign.policy.epsilon == 8.0
 
 
+@pytest.mark.fault("R8", "R14")
 def test_the_same_request_gets_the_same_bytes_and_reads_nothing(homes, home, published, monkeypatch):
     campaign = published.campaign
     _, first = homes.ask(home, campaign)
@@ -65,6 +66,7 @@ def test_the_same_request_gets_the_same_bytes_and_reads_nothing(homes, home, pub
     assert homes.ask(home, campaign, arrays=moved)[0] == "CONFLICT"
 
 
+@pytest.mark.fault("R17")
 def test_rounds_go_forward_until_they_are_spent(homes, home, published):
     campaign = published.campaign  # max_participations = 2, three rounds
     assert homes.ask(home, campaign, round_number=2)[0] is None
@@ -116,6 +118,7 @@ def hostile(homes, published, tmp_path):
     }
 
 
+@pytest.mark.fault("R15")
 def test_what_the_policy_does_not_say_is_refused_before_a_record_is_read(homes, home, published, hostile, monkeypatch):
     monkeypatch.setattr(RecordStore, "read", lambda _: pytest.fail("a record was read"))
     before = reserved(home)
@@ -124,6 +127,7 @@ def test_what_the_policy_does_not_say_is_refused_before_a_record_is_read(homes, 
     assert reserved(home) == before
 
 
+@pytest.mark.fault("R15")
 def test_nothing_a_server_sends_makes_a_device_a_simulated_one(homes, home, published):
     config = {"simulation": True, "campaigns": str(published.campaign.folder.parent), "home": str(home.folder)}
     grid = homes.grid_of([home.folder], run_config=config)
@@ -165,6 +169,7 @@ def test_a_device_without_records_answers_with_noise_of_the_policy_s_scale(homes
     assert abs(np.corrcoef(draws)[np.triu_indices(6, 1)]).max() < 0.7  # no seed of the process decides them
 
 
+@pytest.mark.fault("R18")
 def test_a_cloned_device_draws_other_noise_and_both_spend(homes, home, published, tmp_path):
     shutil.copytree(home.folder, tmp_path / "clone")
     _, first = homes.ask(home, published.campaign)
@@ -208,6 +213,7 @@ def restore(home, backup):
     shutil.copytree(backup, home.folder)
 
 
+@pytest.mark.fault("R12")
 def test_a_restored_backup_is_noticed_by_a_keyring_that_was_not_restored(homes, published, tmp_path, system_keyring):
     home = homes.make_home(tmp_path / "home", published, keystore="os")
     assert home.keystore.detects_rollback
@@ -217,6 +223,7 @@ def test_a_restored_backup_is_noticed_by_a_keyring_that_was_not_restored(homes, 
     assert homes.ask(home, published.campaign, round_number=2)[0] == "ROLLBACK"
 
 
+@pytest.mark.fault("R12")
 def test_a_backup_restored_with_its_keys_is_noticed_by_the_server_s_count(homes, published, tmp_path):
     home = homes.make_home(tmp_path / "home", published)
     assert not home.keystore.detects_rollback
@@ -235,6 +242,7 @@ def test_a_copied_home_has_no_keys_in_the_system_s_keyring(homes, published, tmp
     assert homes.ask(home, published.campaign)[0] is None
 
 
+@pytest.mark.fault("R15")
 def test_another_base_is_refused_before_anything_is_spent(homes, published, make_tiny_base, tmp_path):
     """The policy names the base by its hash: a device whose base is another one trains nothing."""
     home = homes.make_home(tmp_path / "home", published)
@@ -246,6 +254,7 @@ def test_another_base_is_refused_before_anything_is_spent(homes, published, make
     assert reserved(home)[1] == [0]
 
 
+@pytest.mark.fault("R12")
 @pytest.mark.parametrize("broken", ["deleted", "truncated", "keys"])
 def test_a_ledger_that_cannot_be_used_stops_the_device(homes, home, published, broken, monkeypatch):
     monkeypatch.setattr(RecordStore, "read", lambda _: pytest.fail("a record was read"))
@@ -287,6 +296,7 @@ def test_memory_that_runs_out_is_not_kept_as_a_record_that_cannot_be_taken(homes
     assert homes.ask(home, published.campaign, round_number=2)[0] is None
 
 
+@pytest.mark.fault("R10")
 def test_a_full_disk_after_the_spend_costs_no_round(homes, home, published, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -296,6 +306,7 @@ def test_a_full_disk_after_the_spend_costs_no_round(homes, home, published, monk
     assert reserved(home)[1] == [1]
 
 
+@pytest.mark.fault("R18")
 def test_another_process_of_the_device_is_waited_for_by_nobody(homes, home, published):
     with home.lock():
         assert homes.ask(home, published.campaign)[0] == "BUSY"

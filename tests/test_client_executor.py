@@ -2,7 +2,10 @@
 
 import hashlib
 import logging
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -82,6 +85,7 @@ def test_every_task_is_answered_in_turn():
     assert states == [True, False, True, False]
 
 
+@pytest.mark.fault("R16")
 def test_the_loop_outlives_errors_and_quotes_none(caplog):
     def answer(message, context):
         if message == "bad":
@@ -186,6 +190,7 @@ def replies(runtime):
     return runtime.state.get_messages_legacy(is_reply=True)
 
 
+@pytest.mark.fault("R15")
 def test_a_task_is_taken_answered_and_its_bundle_never_read(runtime, tasks, monkeypatch):
     monkeypatch.setattr("zipfile.ZipFile", None)
     assert tasks.take() is None
@@ -203,6 +208,7 @@ def test_a_task_is_taken_answered_and_its_bundle_never_read(runtime, tasks, monk
     assert tasks.take() is None
 
 
+@pytest.mark.fault("R16")
 def test_a_task_that_failed_gets_a_reply_without_text(runtime, tasks):
     deliver(runtime, RecordDict({"config": ConfigRecord({"round": 3})}))
     tasks.take().fail()
@@ -272,3 +278,17 @@ def test_what_may_pass_is_tried_again(monkeypatch, status, passes):
     else:
         with pytest.raises(TaskError, match=str(status)):
             _Invoker(5.0).invoke(call)
+
+
+@pytest.mark.fault("R14")
+def test_a_reply_travels_in_parts_that_a_slow_line_carries_in_time():
+    """Flower's own are 5 MB, which take 50 s at 100 kB/s; a SuperNode starts a part again after 30."""
+    code = (
+        "import client.executor, numpy as np; from flwr.app import Array; "
+        "print(*(len(part.data) for part in Array(np.arange(2**19, dtype=np.float32)).children.values()))"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    sizes = [int(size) for size in done.stdout.split()]
+    assert max(sizes) == 2**19
+    assert sum(sizes) > 2**21

@@ -23,9 +23,7 @@ from server.superlink import SuperLink
 from shared.errors import StoreError
 from shared.flower_control import Control, key_bytes
 from shared.flower_tasks import Tasks
-
-ROOT = Path(__file__).parent.parent
-_WAIT_S = 60.0
+from tests.joined import ask_devices, children_of, service_of, start_device, start_run, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +101,7 @@ def test_the_device_key_is_made_once_and_is_the_owners_alone(home):
         make_device_key(home.folder)
 
 
+@pytest.mark.fault("R18")
 def test_one_service_runs_for_a_home(home, tmp_path):
     other = create_home(tmp_path / "other", keystore="file", cap_epsilon=8.0, cap_delta=1e-4)
     with (
@@ -140,6 +139,8 @@ def test_a_service_tells_of_a_ledger_it_cannot_read(home):
     assert "ledger" in found["problem"]
 
 
+@pytest.mark.fault("R15")
+@pytest.mark.fault("R4", "R23")
 @pytest.mark.slow
 def test_two_homes_take_part_and_no_bundle_is_opened(tmp_path):
     """Flower's SuperLink and SuperNodes, two services, one hostile bundle."""
@@ -153,21 +154,21 @@ def test_two_homes_take_part_and_no_bundle_is_opened(tmp_path):
     try:
         control = Control(link.address, root_certificates=ca.read_bytes())
         nodes = [control.register(key_bytes(make_device_key(homes[0].folder)), name="one")]
-        devices = [_start(home.folder, link.address, ca) for home in homes]
-        assert _service(homes[1].folder, until="not-enrolled")["pid"] == devices[1].pid
+        devices = [start_device(home.folder, link.address, ca) for home in homes]
+        assert service_of(homes[1].folder, until="not-enrolled")["pid"] == devices[1].pid
         nodes.append(control.register(key_bytes(make_device_key(homes[1].folder)), name="two"))
         for home, device in zip(homes, devices, strict=True):
-            assert _service(home.folder, until="waiting")["pid"] == device.pid
+            assert service_of(home.folder, until="waiting")["pid"] == device.pid
 
         bundle = _hostile_bundle(trap)
-        _start_run(control, bundle)
+        start_run(control, bundle)
         tasks = Tasks(
             link.address, secret=server.executor_secret.read_bytes(), kind="server", root_certificates=ca.read_bytes()
         )
-        run = _until(tasks.take)
+        run = wait_until(tasks.take)
         grid = run.grid()
         for number in (1, 2, 3):
-            told = _ask(grid, nodes, number)
+            told = ask_devices(grid, nodes, number)
             assert [one["pid"] for one in told] == [device.pid for device in devices]
             assert [one["calls"] for one in told] == [number, number]
             assert not any(one["hostile"] for one in told)
@@ -175,27 +176,27 @@ def test_two_homes_take_part_and_no_bundle_is_opened(tmp_path):
         for home in homes:
             assert not (home.folder / "flower" / "apps").exists()
             assert not list(home.folder.rglob("*hostile*"))
-        children = [_children(device.pid) for device in devices]
+        children = [children_of(device.pid) for device in devices]
         assert [len(found) for found in children] == [1, 1]
 
         with control_client(homes[0].folder) as owner:
             owner.stop()
         assert devices[0].wait(5.0) == 0
-        _ask(grid, nodes[1:], 4, sleep=True, timeout=20.0, until=homes[1].folder / "asleep")
-        assert _service(homes[1].folder, until="training")["tasks_answered"] == 3
+        ask_devices(grid, nodes[1:], 4, sleep=True, timeout=20.0, until=homes[1].folder / "asleep")
+        assert service_of(homes[1].folder, until="training")["tasks_answered"] == 3
         started = time.monotonic()
         devices[1].terminate()
         assert devices[1].wait(5.0) == 7
         assert time.monotonic() - started < 5.0
-        _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (*children[0], *children[1])))
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (*children[0], *children[1])))
 
-        killed = _start(homes[0].folder, link.address, ca)
+        killed = start_device(homes[0].folder, link.address, ca)
         devices.append(killed)
-        _service(homes[0].folder, until="waiting")
-        [child] = _children(killed.pid)
+        service_of(homes[0].folder, until="waiting")
+        [child] = children_of(killed.pid)
         killed.kill()
         killed.wait(5.0)
-        _until(lambda: not Path(f"/proc/{child}").exists())
+        wait_until(lambda: not Path(f"/proc/{child}").exists())
         with control_client(homes[0].folder) as owner:
             assert owner is None
         run.close()
@@ -210,6 +211,7 @@ def test_two_homes_take_part_and_no_bundle_is_opened(tmp_path):
         link.stop()
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.slow
 def test_a_service_outlives_its_supernode_and_hears_of_its_end(tmp_path):
     home, other = (
@@ -221,21 +223,21 @@ def test_a_service_outlives_its_supernode_and_hears_of_its_end(tmp_path):
     control = Control(link.address, root_certificates=server.ca_certificate.read_bytes())
     fallen = None
     node = control.register(key_bytes(make_device_key(home.folder)), name="one")
-    device = _start(home.folder, link.address, server.ca_certificate)
+    device = start_device(home.folder, link.address, server.ca_certificate)
     try:
-        _service(home.folder, until="waiting")
+        service_of(home.folder, until="waiting")
         control.unregister(node)
-        _service(home.folder, until="not-enrolled")
+        service_of(home.folder, until="not-enrolled")
         control.register(key_bytes(make_device_key(other.folder)), name="other")
-        fallen = _start(other.folder, link.address, server.ca_certificate)
-        _service(other.folder, until="waiting")
-        [child] = _children(fallen.pid)
+        fallen = start_device(other.folder, link.address, server.ca_certificate)
+        service_of(other.folder, until="waiting")
+        [child] = children_of(fallen.pid)
         os.kill(child, signal.SIGKILL)
-        _service(other.folder, until="offline")
-        _until(lambda: _children(fallen.pid) not in ([], [child]))
+        service_of(other.folder, until="offline")
+        wait_until(lambda: children_of(fallen.pid) not in ([], [child]))
         log = other.folder / "flower" / "supernode.log"
-        _until(lambda: "[code: 2004]" in log.read_text())  # the server thinks it is still there
-        assert _service(other.folder, until="offline")["pid"] == fallen.pid
+        wait_until(lambda: "[code: 2004]" in log.read_text())  # the server thinks it is still there
+        assert service_of(other.folder, until="offline")["pid"] == fallen.pid
         assert device.poll() is None
         assert fallen.poll() is None
     finally:
@@ -254,45 +256,13 @@ def test_a_stranger_at_the_servers_address_is_named(tmp_path):
     other.write_bytes(new_authority().certificate_pem)
     link = SuperLink(server)
     link.keep_up()
-    device = _start(home.folder, link.address, other)
+    device = start_device(home.folder, link.address, other)
     try:
-        assert _service(home.folder, until="distrusted")["last_contact"] is None
+        assert service_of(home.folder, until="distrusted")["last_contact"] is None
     finally:
         device.terminate()
         device.wait(5.0)
         link.stop()
-
-
-def _start(home, address, ca):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HTTP_PROXY": "http://127.0.0.1:9"}
-    command = [sys.executable, str(ROOT / "tests" / "join_device.py"), str(home), address, str(ca)]
-    with (home / "service.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-
-def _service(home, *, until):
-    def look():
-        with control_client(home) as owner:
-            found = owner and owner.status()["service"]
-        return found if found and found["state"] == until else None
-
-    return _until(look)
-
-
-def _until(look):
-    deadline = time.monotonic() + _WAIT_S
-    while time.monotonic() < deadline:
-        found = look()
-        if found:
-            return found
-        time.sleep(0.2)
-    return pytest.fail("waited in vain")
-
-
-def _children(pid):
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
 
 
 def _hostile_bundle(trap):
@@ -329,29 +299,3 @@ def _import_from(bundle, folder):
     with zipfile.ZipFile(io.BytesIO(bundle)) as content:
         content.extract("hostile_bundle.py", folder)
     subprocess.run([sys.executable, "-c", "import hostile_bundle"], cwd=folder, check=True, timeout=30)
-
-
-def _start_run(control, content):
-    from flwr.common.serde import fab_to_proto
-    from flwr.proto.control_pb2 import StartRunRequest
-    from flwr.supercore.fab import Fab
-
-    assert control._client.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", content, {})))).HasField("run_id")
-
-
-def _ask(grid, nodes, number, *, sleep=False, timeout=60.0, until=None):
-    from flwr.app import ConfigRecord, Message, RecordDict
-
-    config = ConfigRecord({"round": number, "sleep": sleep})
-    messages = [
-        Message(RecordDict({"config": config}), dst_node_id=node, message_type="train", ttl=600.0, group_id=str(number))
-        for node in nodes
-    ]
-    if until is not None:
-        list(grid.push_messages(messages))
-        _until(until.exists)
-        return []
-    replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages, timeout=timeout)}
-    told = [dict(replies[node].content["config"]) for node in nodes]
-    assert [one["round"] for one in told] == [number] * len(nodes)
-    return told

@@ -195,6 +195,7 @@ def test_the_classes_known_by_name_are_keyring_s():
     assert isinstance(keyring.backends.Windows.WinVaultKeyring, type)
 
 
+@pytest.mark.fault("R20")
 @pytest.mark.parametrize(
     "backend",
     [
@@ -217,6 +218,7 @@ def test_a_keyring_that_keeps_nothing_or_keeps_it_in_plain_is_refused(tmp_path, 
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["keystore.json"]
 
 
+@pytest.mark.fault("R20")
 @pytest.mark.parametrize("backend", [LockedKeyring, BrokenKeyring])
 def test_a_keyring_that_fails_is_an_error_and_nothing_falls_back(tmp_path, use_keyring, backend):
     use_keyring(backend())
@@ -246,6 +248,7 @@ def test_another_program_s_entry_is_refused(tmp_path, use_keyring, value):
         os_keystore(tmp_path).read("data-key")
 
 
+@pytest.mark.fault("R20")
 def test_a_backend_that_cannot_be_loaded_is_an_error(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\nfrom client.keystore import choose_keystore\n"

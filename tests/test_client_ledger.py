@@ -97,6 +97,7 @@ def test_i1_the_release_event_holds_hash_and_size_of_the_payload(ledgers, ledger
 # I2 cap
 
 
+@pytest.mark.fault("R17")
 def test_i2_rounds_stop_at_the_consent(ledgers, ledger):
     ledgers.agree(ledger, max_participations=2)
     ledgers.answer(ledger, 1)
@@ -439,6 +440,7 @@ def test_beside_a_running_round_opening_burns_nothing(ledgers, ledger, tmp_path,
 # I7 fail closed (the rest of it is in test_client_ledger_faults.py)
 
 
+@pytest.mark.fault("R12")
 def test_i7_without_its_key_or_anchor_a_ledger_does_not_open(reopen, keystore):
     for entry in ("ledger-key", "anchor"):
         kept = keystore.read(entry)
@@ -472,6 +474,7 @@ def test_i7_an_anchor_of_another_history_is_not_this_ledgers(ledgers, ledger, re
         reopen()
 
 
+@pytest.mark.fault("R20")
 def test_i7_a_keystore_that_fails_stops_everything(ledgers, ledger, keystore):
     ledgers.agree(ledger)
     keystore.broken = True
@@ -484,6 +487,7 @@ def test_i7_a_keystore_that_fails_stops_everything(ledgers, ledger, keystore):
     assert ledgers.counts(ledger) == (0, 0, 0, 0, 0)
 
 
+@pytest.mark.fault("R19")
 def test_i7_a_newer_schema_is_refused_and_not_recovered_over(ledgers, ledger, reopen, tmp_path, keystore):
     ledger.close()
     connection = other_connection(tmp_path)
@@ -496,6 +500,7 @@ def test_i7_a_newer_schema_is_refused_and_not_recovered_over(ledgers, ledger, re
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.db"]
 
 
+@pytest.mark.fault("R19")
 def test_i7_a_ledger_of_an_older_schema_is_brought_up_to_date_and_nothing_else(
     ledgers, ledger, reopen, monkeypatch, tmp_path
 ):
@@ -513,6 +518,7 @@ def test_i7_a_ledger_of_an_older_schema_is_brought_up_to_date_and_nothing_else(
         assert ledgers.spend(again, answered=1) == b"an answer"
 
 
+@pytest.mark.fault("R19")
 def test_i7_a_migration_that_fails_leaves_the_older_ledger_whole(ledgers, ledger, reopen, monkeypatch):
     def broken(connection):
         connection.execute("DROP TRIGGER event_kept")
@@ -527,6 +533,7 @@ def test_i7_a_migration_that_fails_leaves_the_older_ledger_whole(ledgers, ledger
         assert ledgers.counts(again) == (0, 0, 0, 0, 0)
 
 
+@pytest.mark.fault("R12")
 def test_i7_changed_rules_are_refused(reopen, ledger, tmp_path):
     ledger.close()
     connection = other_connection(tmp_path)
@@ -536,6 +543,7 @@ def test_i7_changed_rules_are_refused(reopen, ledger, tmp_path):
         reopen()
 
 
+@pytest.mark.fault("R12")
 def test_i7_a_file_that_is_not_a_ledger_is_refused(ledgers, reopen, ledger, tmp_path):
     ledger.close()
     for content in (b"", b"not a database" * 1000):
@@ -576,6 +584,7 @@ def spent_home(ledgers, tmp_path, keystore, clock, ledger):
     return tmp_path
 
 
+@pytest.mark.fault("R12")
 @pytest.mark.parametrize(
     "statement",
     [
@@ -600,6 +609,7 @@ def test_i8_the_chain_sees_an_edit_past_all_rules(ledgers, spent_home, keystore,
         ledgers.reopen(spent_home, keystore)
 
 
+@pytest.mark.fault("R12")
 @pytest.mark.parametrize("kept", range(1, 7))
 def test_i8_the_anchor_sees_that_the_last_events_are_gone(ledgers, spent_home, keystore, kept):
     ledgers.tamper(spent_home, f"DELETE FROM event WHERE seq > {kept}")
@@ -608,6 +618,7 @@ def test_i8_the_anchor_sees_that_the_last_events_are_gone(ledgers, spent_home, k
     assert caught.value.code == "ROLLBACK"
 
 
+@pytest.mark.fault("R12")
 def test_i8_a_copy_from_earlier_is_a_rollback(ledgers, ledger, reopen, tmp_path, keystore):
     ledgers.agree(ledger)
     ledger.close()
@@ -620,6 +631,7 @@ def test_i8_a_copy_from_earlier_is_a_rollback(ledgers, ledger, reopen, tmp_path,
     assert caught.value.code == "ROLLBACK"
 
 
+@pytest.mark.fault("R12")
 def test_i8_a_copy_put_back_under_an_open_ledger_is_seen(ledgers, ledger, tmp_path):
     ledgers.agree(ledger)
     copy = tmp_path / "copy"
@@ -718,6 +730,7 @@ def test_i8_a_server_that_claims_too_much_only_ends_the_campaign(ledgers, ledger
 # Recovery: new device, re-installed device, restored backup
 
 
+@pytest.mark.fault("R12")
 def test_recovery_after_a_rollback_takes_the_larger_and_ends_campaigns(ledgers, ledger, reopen, tmp_path, keystore):
     ledgers.agree(ledger, "p")
     ledger.close()
@@ -754,6 +767,7 @@ def test_recovery_never_lowers_what_a_ledger_of_another_history_has_reserved(led
         assert (recovered.totals().epsilon, recovered.totals().delta) == (7.0, 6e-5)  # the larger of each
 
 
+@pytest.mark.fault("R12")
 def test_recovery_of_a_lost_file_starts_from_what_the_keystore_remembers(ledgers, ledger, tmp_path, keystore):
     ledgers.agree(ledger)
     ledgers.answer(ledger)
@@ -870,6 +884,7 @@ def test_a_write_ahead_log_left_behind_is_not_taken_for_the_new_ledgers(ledgers,
 # I9 clock-free
 
 
+@pytest.mark.fault("R13")
 @pytest.mark.parametrize("years", [-10, 10])
 def test_i9_ten_years_change_nothing_but_the_display(ledgers, ledger, reopen, clock, years):
     ledgers.agree(ledger, until=date(2050, 1, 1), max_participations=3)
@@ -894,6 +909,7 @@ def test_i9_a_consent_holds_to_the_end_of_its_last_day_and_no_longer(ledgers, le
     assert ledgers.standing(ledger).state == "ended"
 
 
+@pytest.mark.fault("R13")
 def test_i9_a_clock_ahead_refuses_while_it_is_ahead_and_records_nothing(ledgers, ledger, reopen, clock):
     ledgers.agree(ledger)
     ledgers.spend(ledger, 1)
@@ -907,6 +923,7 @@ def test_i9_a_clock_ahead_refuses_while_it_is_ahead_and_records_nothing(ledgers,
         assert ledgers.spend(again, 2) is None
 
 
+@pytest.mark.fault("R13")
 def test_i9_a_clock_set_back_revives_nothing(ledgers, ledger, reopen, clock):
     ledgers.agree(ledger)
     clock.jump(days=400)
@@ -919,6 +936,7 @@ def test_i9_a_clock_set_back_revives_nothing(ledgers, ledger, reopen, clock):
         assert refusal(ledgers.spend, again) == "CONSENT"
 
 
+@pytest.mark.fault("R13")
 def test_i9_what_an_owner_does_under_a_clock_ahead_ends_no_consent(ledgers, ledger, reopen, clock):
     ledgers.agree(ledger)
     ledgers.agree(ledger, "other")

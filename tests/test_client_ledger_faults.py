@@ -70,6 +70,7 @@ def kill(ledgers, home, code):
     assert status == ledgers.KILLED, out + err
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.parametrize("point", CRASHES)
 def test_i1_to_i4_hold_when_killed_at(ledgers, home, point):
     code, expected = CRASHES[point]
@@ -92,6 +93,7 @@ def test_i1_to_i4_hold_when_killed_at(ledgers, home, point):
         assert ledgers.spend(ledger, 2, answered=ledgers.standing(ledger).released) is None
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.parametrize("seam", [BEFORE_COMMIT, BEFORE_ANCHOR])
 def test_i3_a_second_kill_while_the_first_is_cleared_up_changes_nothing(ledgers, home, seam):
     kill(ledgers, home, OPEN + SPEND + DIE)
@@ -104,6 +106,7 @@ def test_i3_a_second_kill_while_the_first_is_cleared_up_changes_nothing(ledgers,
         assert [event.kind for event in ledger.history()].count("burn") == 1
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.parametrize("seam", [BEFORE_COMMIT, BEFORE_ANCHOR, AFTER_ANCHOR])
 def test_i2_a_consent_is_whole_or_absent_when_killed(ledgers, home, seam):
     kill(ledgers, home, OPEN + seam + "ledgers.agree(ledger, 'q', epsilon=2.0)")
@@ -111,6 +114,7 @@ def test_i2_a_consent_is_whole_or_absent_when_killed(ledgers, home, seam):
         assert ledger.totals().epsilon == (3.0 if seam == BEFORE_COMMIT else 5.0)
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.parametrize("seam", [BEFORE_COMMIT, BEFORE_ANCHOR, AFTER_ANCHOR])
 def test_i3_forgetting_is_whole_or_absent_when_killed(ledgers, home, seam):
     with ledgers.reopen(home) as ledger:
@@ -158,12 +162,14 @@ def killed_at_random(ledgers, folder, rng):
             assert again == bytes([newest % 251]) * 5000
 
 
+@pytest.mark.fault("R4")
 def test_i3_a_kill_at_a_random_time_loses_nothing_that_was_told(ledgers, tmp_path):
     rng = random.Random(1)
     for _ in range(4):
         killed_at_random(ledgers, tmp_path, rng)
 
 
+@pytest.mark.fault("R4")
 @pytest.mark.slow
 def test_i3_many_kills_at_random_times_lose_nothing_that_was_told(ledgers, tmp_path):
     rng = random.Random(2)
@@ -192,6 +198,7 @@ def without_room(call, *, room):
     return LIMIT.format(room=room) + REFUSED.format(call=call.strip())
 
 
+@pytest.mark.fault("R10")
 def test_i7_a_full_disk_stops_a_spend(ledgers, home):
     # events of a kind that fills the write-ahead log beyond the largest file of the home
     grown = "for _ in range(40):\n    ledger.pause(); ledger.resume()\n"
@@ -202,6 +209,7 @@ def test_i7_a_full_disk_stops_a_spend(ledgers, home):
         assert ledgers.spend(ledger, 2) is None  # and with room again it goes on
 
 
+@pytest.mark.fault("R10")
 def test_i7_a_full_disk_stops_a_release_and_the_round_is_burnt(ledgers, home):
     release = "ledger.release(policy='p', round_number=1, payload=bytes(1_000_000))"
     status, out, err = ledgers.run(home, OPEN + SPEND + without_room(release, room=100_000))
@@ -218,6 +226,7 @@ def test_i7_the_same_release_goes_through_where_there_is_room(ledgers, home):
         assert ledgers.spend(ledger) == bytes(1_000_000)
 
 
+@pytest.mark.fault("R10")
 @pytest.mark.parametrize("room", range(0, 24_000, 4_000))
 def test_i7_wherever_a_beginning_runs_out_of_room_it_can_be_begun_again(ledgers, tmp_path, room):
     home = tmp_path / "home"
@@ -230,6 +239,7 @@ def test_i7_wherever_a_beginning_runs_out_of_room_it_can_be_begun_again(ledgers,
         ledgers.agree(ledger)
 
 
+@pytest.mark.fault("R10")
 def test_i7_a_database_that_may_not_grow_stops_spend_and_release(ledgers, home):
     """SQLITE_FULL itself, which RLIMIT_FSIZE does not give."""
     with ledgers.reopen(home) as ledger:
@@ -245,6 +255,7 @@ def test_i7_a_database_that_may_not_grow_stops_spend_and_release(ledgers, home):
         assert ledgers.spend(ledger) == b"smaller"
 
 
+@pytest.mark.fault("R20")
 def test_i7_a_spend_whose_anchor_cannot_be_kept_is_refused_and_burnt(ledgers, tmp_path):
     keystore = ledgers.MemoryKeystore()
     with ledgers.begin(tmp_path, keystore) as ledger:
@@ -263,6 +274,7 @@ def test_i7_a_spend_whose_anchor_cannot_be_kept_is_refused_and_burnt(ledgers, tm
         assert ledgers.counts(ledger) == BURNT
 
 
+@pytest.mark.fault("R10")
 @pytest.mark.parametrize("locked", ["folder", "file"])
 def test_i7_a_read_only_ledger_is_not_used(ledgers, locked):
     folder = Path(tempfile.mkdtemp())
@@ -313,6 +325,7 @@ def opens_with_less(ledgers, home, keystore, events) -> bool | None:
         return None
 
 
+@pytest.mark.fault("R12")
 @pytest.mark.parametrize(("image", "name"), [("closed", "ledger.db"), ("open", "ledger.db"), ("open", "ledger.db-wal")])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero"])
 def test_i7_a_damaged_file_shows_everything_or_nothing(ledgers, images, image, name, damage):
@@ -339,6 +352,7 @@ def test_i7_a_damaged_file_shows_everything_or_nothing(ledgers, images, image, n
         assert None in seen  # the damage was real
 
 
+@pytest.mark.fault("R12")
 def test_i7_every_flip_within_the_events_is_refused(ledgers, images):
     """Where an event's own bytes lie, no flip may pass: not one of the chain's inputs is left out of it."""
     folder, keystore, events = images
@@ -355,6 +369,7 @@ def test_i7_every_flip_within_the_events_is_refused(ledgers, images):
     assert opens_with_less(ledgers, home, keystore, events) is False
 
 
+@pytest.mark.fault("R12")
 def test_i7_a_damaged_index_is_refused_though_every_event_is_whole(ledgers, images):
     """The rule that a round is spent once rests on an index, which the chain does not cover."""
     folder, keystore, _ = images
@@ -370,6 +385,7 @@ def test_i7_a_damaged_index_is_refused_though_every_event_is_whole(ledgers, imag
         ledgers.reopen(folder / "closed", keystore)
 
 
+@pytest.mark.fault("R12")
 def test_i8_a_deleted_write_ahead_log_is_a_rollback(ledgers, images):
     folder, keystore, events = images
     home = folder / "open"
@@ -380,6 +396,7 @@ def test_i8_a_deleted_write_ahead_log_is_a_rollback(ledgers, images):
     assert caught.value.code == "ROLLBACK"
 
 
+@pytest.mark.fault("R12")
 def test_i8_an_older_write_ahead_log_is_a_rollback(ledgers, tmp_path):
     keystore, home = ledgers.MemoryKeystore(), tmp_path / "home"
     with ledgers.begin(home, keystore) as ledger:
@@ -423,6 +440,7 @@ def race(ledgers, home, *asked):
     return told
 
 
+@pytest.mark.fault("R18")
 def test_i2_of_two_processes_racing_for_the_last_round_exactly_one_wins(ledgers, tmp_path):
     for attempt in range(4):
         home = tmp_path / f"home-{attempt}"
@@ -435,12 +453,14 @@ def test_i2_of_two_processes_racing_for_the_last_round_exactly_one_wins(ledgers,
             assert ledgers.standing(ledger).spent == 1
 
 
+@pytest.mark.fault("R18")
 @pytest.mark.parametrize(("requests", "loser"), [("aa", "BURNT"), ("ab", "CONFLICT")])
 def test_i4_of_two_processes_racing_for_the_same_round_exactly_one_trains_it(ledgers, home, requests, loser):
     told = race(ledgers, home, *((1, request) for request in requests))
     assert sorted(told) == sorted(["None", loser])
 
 
+@pytest.mark.fault("R18")
 def test_i3_processes_that_spend_different_rounds_are_all_counted(ledgers, home):
     told = race(ledgers, home, (1, "a"), (2, "b"), (3, "c"))
     assert set(told) <= {"None", "ROUND"}  # rounds only go forward: a lower one may come too late
@@ -448,6 +468,7 @@ def test_i3_processes_that_spend_different_rounds_are_all_counted(ledgers, home)
         assert ledgers.standing(ledger).spent == told.count("None") >= 1
 
 
+@pytest.mark.fault("R18")
 def test_i8_the_anchor_never_moves_back_however_two_processes_interleave(ledgers, tmp_path):
     """A commits, B commits and anchors, A anchors: A must remember B's event, not its own."""
     keystore = ledgers.MemoryKeystore()
@@ -473,6 +494,7 @@ def test_i8_the_anchor_never_moves_back_however_two_processes_interleave(ledgers
     assert len(set(written)) == 1
 
 
+@pytest.mark.fault("R12")
 def test_i7_a_ledger_another_process_holds_is_not_waited_for_for_ever(ledgers, home, monkeypatch):
     monkeypatch.setattr(client.ledger_schema, "_BUSY_TIMEOUT_S", 0.05)
     with ledgers.reopen(home) as ledger:

@@ -458,6 +458,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault("R12")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_ledger_stops_everything_and_the_owner_is_told_what_to_do(damage, active, published, homes, capsys):
     for left in active.folder.glob("ledger.db-*"):
@@ -477,6 +478,7 @@ def test_a_damaged_ledger_stops_everything_and_the_owner_is_told_what_to_do(dama
     assert homes.ask(active, published.campaign, round_number=2)[0] in ("CONSENT", "POLICY")
 
 
+@pytest.mark.fault("R12")
 def test_a_rolled_back_ledger_is_told_and_recovered(active, published, capsys):
     active.ledger().close()
     older = {path: path.read_bytes() for path in active.folder.glob("ledger.db*") if path.suffix != ".db-shm"}

@@ -171,6 +171,7 @@ shelf.roll_back(3)"""
     assert sorted(set(states), key=states.index) == wanted
 
 
+@pytest.mark.fault("R10")
 def test_a_full_disk_leaves_the_shelf_as_it_was(home, shelf):
     fill(shelf, 2)
     code = """

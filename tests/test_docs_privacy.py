@@ -210,4 +210,4 @@ def test_every_code_of_a_refusal_is_explained_once():
 
 
 def test_every_adversary_is_there():
-    assert re.findall(r"^## (A\d)", THREATS, re.MULTILINE) == [f"A{number}" for number in range(1, 8)]
+    assert re.findall(r"^## (A\d)", THREATS, re.MULTILINE) == [f"A{number}" for number in range(1, 9)]

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import tomllib
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import ElectraConfig, ElectraModel
 
+from client.conditions import Surroundings, unmet
 from client.personalize import PersonalMethod, PrivateOutput, personal_method
 from shared.campaign import make_head
 from shared.compatible import check_compatible, check_extensions, check_family, choices, extensions
@@ -36,6 +38,7 @@ CHOICES = """
 data.format = "diary"
 personal.method = "level"
 federation.method = "output-only"
+federation.aggregation = "middle-half"
 adapter.technique = "rslora"
 evaluation.metrics = ["largest_error"]
 linear.enabled = false
@@ -67,6 +70,16 @@ def test_a_judge_from_outside_compares(my_package):
     assert [judge(first=a, second=b, **said) for a, b in (("a", "b c"), ("b c", "a"), ("a", "b"))] == [1.0, 0.0, 0.5]
 
 
+def test_a_condition_from_outside_says_when(my_package, tmp_path):
+    zone = tmp_path / "sys/class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "temp").write_text("55400\n")
+    seen = Surroundings(now=datetime.now().astimezone(), root=tmp_path)
+    assert unmet({"cool": "60"}, seen) == {}
+    assert unmet({"cool": "50"}, seen) == {"cool": "it is 55 degrees warm"}
+    assert unmet({"cool": "60"}, Surroundings(now=seen.now, root=tmp_path / "none")).keys() == {"cool"}
+
+
 def named(**tables):
     return Scenario.model_validate({"name": "x", "personal": {"method": "mine"}, **tables})
 
@@ -94,6 +107,7 @@ def test_a_whole_simulation_with_everything_from_outside(my_package, diaries, ti
             "personal method 'level' of my_package 1.2",
             "technique 'rslora' of my_package 1.2",
             "data format 'diary' of my_package 1.2",
+            "aggregation rule 'middle-half' of my_package 1.2",
         )
     ]
     assert [name for name, _ in policies[0].slots] == ["output.weight"]

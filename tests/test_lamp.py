@@ -163,7 +163,7 @@ def test_the_other_tasks_are_texts_and_responses(tmp_path, number, prompt, item,
         ([{"id": "1", "input": SCORE, "profile": "SECRET"}], {"1": "5"}, "question 1: its profile must be a list"),
         (["SECRET"], {"1": "5"}, "question 1: must be an object"),
         ([], {}, "at least one question"),
-        ({"SECRET": 1}, {"1": "5"}, "'1'"),
+        ({"SECRET": 1}, {"1": "5"}, "must be a JSON array"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(tmp_path, questions, golds, said):

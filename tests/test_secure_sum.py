@@ -94,6 +94,7 @@ def dropping_sums(draw):
     return seats, Terms(threshold, neighbours, draw(hy.integers(2, count))), lost, draw(hy.integers(1, 5))
 
 
+@pytest.mark.fault("R21")
 @settings(max_examples=50, deadline=None)
 @example(([0, 1, 2], Terms(2, 2, 2), [set(), set(), set(), {0, 1, 2}], 1), 0)
 @example(([0, 1, 2], Terms(2, 2, 2), [set(), set(), {0, 1, 2}, set()], 1), 0)
@@ -115,6 +116,7 @@ def test_t1_the_sum_is_exact_whoever_drops_out_or_there_is_none(sums, drawn, see
         assert total.tolist() == sums.added(vectors[seat] for seat in survivors).tolist()
 
 
+@pytest.mark.fault("R21")
 @pytest.mark.parametrize("neighbours", [14, 9, 6])
 def test_t1_somebody_drops_out_at_every_stage(sums, neighbours):
     whole = sums.WholeSum(range(100, 115), Terms((neighbours + 1) // 2 + 1, neighbours, 9), seed=3)
@@ -300,12 +302,14 @@ def masked(sums):
     return whole
 
 
+@pytest.mark.fault("R21")
 def test_t5_nobody_is_unmasked_as_alive_and_dead(sums, masked):
     for alive, dead in (((*range(10),), (9,)), ((*range(9),), (8, 9)), ((*range(9),), (*range(10),))):
         sums.refused("UNMASK", masked.devices[3].unmask, Survivors(alive, dead))
     assert len(masked.devices[3].unmask(Survivors((*range(9),), (9,))).items) == 9
 
 
+@pytest.mark.fault("R21")
 @pytest.mark.parametrize(
     ("alive", "dead", "code"),
     [
@@ -322,6 +326,7 @@ def test_a_device_unmasks_nobody_for_a_list_that_is_wrong_or_short(sums, masked,
     sums.refused(code, masked.devices[3].unmask, Survivors(alive, dead))
 
 
+@pytest.mark.fault("R21")
 def test_a_device_with_too_few_surviving_neighbours_unmasks_nobody(sums):
     terms = Terms(threshold=4, neighbours=4, min_survivors=8)
     whole = sums.WholeSum(range(10), terms)
@@ -338,6 +343,7 @@ def test_a_device_with_too_few_surviving_neighbours_unmasks_nobody(sums):
     whole.devices[0].unmask(Survivors(tuple(range(10)), ()))
 
 
+@pytest.mark.fault("R21")
 def test_a_second_unmasking_is_refused(sums, masked):
     survivors = masked.server.survivors_for(0)
     masked.devices[0].unmask(survivors)
@@ -457,6 +463,7 @@ def test_a_roster_that_was_changed_is_refused(sums):
     assert len(whole.devices[0].share(good, verify=sums.trusting).items) == 9
 
 
+@pytest.mark.fault("R21")
 def test_a_roster_below_the_minimum_is_refused_by_the_device_too(sums):
     """The server has laxer terms than the policy."""
     strict, lax = (sums.WholeSum(range(7), Terms(3, 4, least)) for least in (8, 7))
@@ -719,6 +726,7 @@ def test_the_server_sees_no_vector_and_can_make_out_the_sum_of_the_survivors_alo
 # The server's half
 
 
+@pytest.mark.fault("R21")
 def test_the_server_gives_nothing_to_unmask_below_the_minimum(sums):
     whole = sums.WholeSum(range(10), sums.TEN)
     vectors = sums.vectors_for(range(10))
@@ -736,6 +744,7 @@ def test_the_server_gives_nothing_to_unmask_below_the_minimum(sums):
     assert whole.unmask(range(8)).tolist() == sums.added(vectors[seat] for seat in range(8)).tolist()
 
 
+@pytest.mark.fault("R21")
 def test_the_server_gives_nothing_to_unmask_where_one_device_lost_its_neighbours(sums):
     """Though survivors are more than enough."""
     whole = sums.WholeSum(range(10), Terms(threshold=4, neighbours=4, min_survivors=2))
@@ -748,6 +757,7 @@ def test_the_server_gives_nothing_to_unmask_where_one_device_lost_its_neighbours
     sums.refused("TOO_FEW", whole.share, range(9))
 
 
+@pytest.mark.fault("R21")
 def test_a_stage_with_too_few_ends_the_round(sums):
     whole = sums.WholeSum(range(10), sums.TEN)
     sums.refused("TOO_FEW", whole.advertise, range(7))
@@ -790,6 +800,7 @@ def test_the_server_leaves_out_whom_it_cannot_use(sums):
     assert whole.unmask(range(1, 10)).tolist() == sums.added(vectors.values()).tolist()
 
 
+@pytest.mark.fault("R21")
 def test_a_wrong_share_voids_the_sum(sums, masked):
     """Of a survivor's seed, of the key of one that dropped out; or a right share of a key that is not its."""
     for wrong in (5, 9):

@@ -168,6 +168,7 @@ def test_no_word_of_the_owner_leaves_the_vault(watched, homes, published, tmp_pa
     assert watch.find(needles(resident_base(campaign.scenario.model.base))) == set()
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("broken", BREAKS)
 def test_no_failure_tells_a_word(watched, homes, published, monkeypatch, broken):
     home, watch = watched

@@ -88,6 +88,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault("R9")
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
 def test_bytes_of_a_reply_are_compared_and_never_interpreted(data):
     with pytest.raises(RejectedReply, match="ARRAY"):
@@ -147,6 +148,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault("R8", "R9")
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_reply_is_rejected_for_its_reason(case):
     content, code = BAD[case]
@@ -155,6 +157,7 @@ def test_a_bad_reply_is_rejected_for_its_reason(case):
     assert caught.value.code == code
 
 
+@pytest.mark.fault("R9")
 def test_an_error_made_by_flower_is_rejected():
     with pytest.raises(RejectedReply, match="ERROR"):
         check(Message(Error(code=2, reason="node lost"), reply_to=reply()))
@@ -223,6 +226,7 @@ def test_a_checkpoint_is_read_back_as_it_was(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["round-0007"]
 
 
+@pytest.mark.fault("R11")
 @pytest.mark.parametrize("damage", ["bit", "truncated", "missing", "state"])
 def test_a_damaged_checkpoint_is_noticed(tmp_path, damage):
     path = save_checkpoint(tmp_path, CHECKPOINT)
@@ -241,6 +245,7 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path, damage):
         load_checkpoint(path)
 
 
+@pytest.mark.fault("R11")
 def test_the_last_good_checkpoint_is_found_and_later_damage_put_aside(tmp_path):
     for number in (6, 7, 8, 9):
         save_checkpoint(tmp_path, replace(CHECKPOINT, round_number=number))
@@ -269,6 +274,8 @@ def test_counts_add_up():
     assert a + b == Counts(4, {"NORM": 3, "ARRAY": 1}, 11, 22)
 
 
+@pytest.mark.fault("R11")
+@pytest.mark.fault("R1")
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     def power_cut(*_):
         raise KeyboardInterrupt

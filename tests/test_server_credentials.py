@@ -58,6 +58,7 @@ def test_who_may_take_part_is_certified_once(server):
     assert server.register.read_bytes() == before
 
 
+@pytest.mark.fault("R19")
 def test_a_register_as_it_was_before_certificates_is_read_and_filled(server):
     edit(server, lambda devices: [device.pop("certificate") for device in devices])
     assert [device.certificate for device in read_register(server.folder)] == [None] * 3

@@ -10,6 +10,8 @@ import time
 import httpx
 import pytest
 import uvicorn
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.node_pb2 import Node
 
 from server import front as module
 from server.folder import create_server
@@ -20,13 +22,14 @@ from shared.flower_control import fleet_paths
 from shared.impatience import Impatient
 
 CALL, PART = "/v1/fleet/pull-messages", "/v1/fleet/push-object"
+BODY = b"\x7a\x12" + b"\x00\xff" * 9  # any message of Flower's reads it: a field it does not know
 
 
 class Recorder:
     """Stands for the SuperLink: answers everything, and remembers what it was asked."""
 
     def __init__(self, server):
-        self.seen = []
+        self.seen, self.status = [], 418
         config = uvicorn.Config(
             self,
             ssl_certfile=server.certificate,
@@ -51,7 +54,7 @@ class Recorder:
                 break
         self.seen.append((scope["method"], scope["raw_path"], scope["query_string"], scope["headers"], body))
         headers = [(b"content-type", b"application/x-protobuf"), (b"x-flower", b"1"), (b"x-flower", b"2")]
-        await send({"type": "http.response.start", "status": 418, "headers": [*headers, (b"keep-alive", b"9")]})
+        await send({"type": "http.response.start", "status": self.status, "headers": [*headers, (b"keep-alive", b"9")]})
         await send({"type": "http.response.body", "body": b"answer"})
 
     def __enter__(self):
@@ -137,7 +140,7 @@ def test_the_list_is_what_flower_serves_to_enrolled_devices():
 def test_a_fleet_call_goes_on_and_its_answer_comes_back(front, superlink, post):
     before = front.counts()
     for path in sorted(fleet_paths()):
-        answer = post(path, content=b"\0\xff" * 10, headers={"flwr-signature": "abc", "x-own": "1"})
+        answer = post(path, content=BODY, headers={"flwr-signature": "abc", "x-own": "1"})
         assert (answer.status_code, answer.content) == (418, b"answer")
         assert answer.headers.get_list("x-flower") == ["1", "2"]
         assert answer.headers["content-type"] == "application/x-protobuf"
@@ -146,11 +149,71 @@ def test_a_fleet_call_goes_on_and_its_answer_comes_back(front, superlink, post):
         ("POST", path) for path in sorted(fleet_paths())
     ]
     for _, _, query, headers, body in superlink.seen:
-        assert (query, body) == (b"", b"\0\xff" * 10)
+        assert (query, body) == (b"", BODY)
         assert {(b"flwr-signature", b"abc"), (b"x-own", b"1")} <= set(headers)
     gained = {name: value - before[name] for name, value in front.counts().items()}
     calls = len(fleet_paths())
     assert gained == {"requests": calls, "refused": 0, "bytes_in": 20 * calls, "bytes_out": 6 * calls}
+
+
+@pytest.mark.fault("R9", "R14")
+def test_a_device_is_told_to_try_again_where_flower_s_database_is_locked(superlink, post, monkeypatch):
+    """At 500 a SuperNode drops the reply it was handing over, and at 503 it tries again."""
+    for said, told in ((500, 503), (503, 503), (403, 403), (401, 401), (200, 200)):
+        monkeypatch.setattr(superlink, "status", said)
+        assert post(PART, content=BODY).status_code == told
+
+
+def pushed(*senders, node=7):
+    """A device's call that hands over messages of these senders."""
+    request = PushMessagesRequest(node=Node(node_id=node))
+    for sender in senders:
+        request.messages_list.add().metadata.src_node_id = sender
+    return request.SerializeToString()
+
+
+@pytest.mark.fault("R8")
+def test_a_message_in_another_devices_name_does_not_go_on(front, superlink, post):
+    """Flower asks whose key a call was signed with, and believes what the message in it says of its sender."""
+    target = "/v1/fleet/push-messages"
+    for body in (pushed(8), pushed(7, 8), pushed(7, 0), pushed(7)[:-1], b"\xff"):
+        assert post(target, content=body).status_code == 403
+    assert superlink.seen == []
+    for body in (pushed(7), pushed(7, 7), pushed()):
+        assert post(target, content=body).status_code == 418
+    assert post(CALL, content=pushed(8)).status_code == 418  # in another call it is only bytes
+    assert len(superlink.seen) == 4
+
+
+@pytest.mark.fault("R8", "R14")
+def test_a_recorded_connection_played_again_reaches_nobody(front, superlink, trust, bad_lines):
+    with bad_lines.bad_line(front.port) as (port, line):
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=trust, trust_env=False) as client:
+            assert client.post(CALL, content=b"said once").status_code == 418
+        [said] = map(bytes, line.recorded)
+    assert len(said) > 500
+    for again in (said, said + said):
+        raw = socket.create_connection(("127.0.0.1", front.port), timeout=10)
+        with raw, contextlib.suppress(ConnectionError):
+            raw.sendall(again)
+            while raw.recv(65536):
+                pass
+    assert [body for *_, body in superlink.seen] == [b"said once"]
+
+
+@pytest.mark.fault("R14")
+@pytest.mark.parametrize("fault", ["cut", "silent", "twice"])
+def test_half_a_body_is_no_call(front, superlink, trust, bad_lines, fault):
+    with bad_lines.bad_line(front.port) as (port, line):
+        line.trip, line.times = fault, 1
+        client = httpx.Client(base_url=f"https://localhost:{port}", verify=trust, trust_env=False, timeout=1.0)
+        with client, pytest.raises(httpx.TransportError):
+            client.post(PART, content=bytes(100_000))
+        assert len(line.tripped) == 1
+        assert superlink.seen == []
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=trust, trust_env=False) as again:
+            assert again.post(PART, content=bytes(100_000)).status_code == 418
+    assert [len(body) for *_, body in superlink.seen] == [100_000]
 
 
 def test_what_is_meant_for_the_connection_does_not_go_on(superlink, say):
@@ -262,6 +325,7 @@ def test_a_request_hidden_in_another_is_seen_as_one_of_its_own(superlink, say):
     assert all(seen[4] == b"" for seen in superlink.seen)
 
 
+@pytest.mark.fault("R9")
 @pytest.mark.parametrize(("target", "limit"), [(PART, MAX_BODY_BYTES), (CALL, module._MAX_CALL_BYTES)])
 def test_a_body_may_be_as_large_as_the_limit_and_no_larger(front, superlink, post, say, target, limit):
     assert post(target, content=bytes(limit)).status_code == 418
@@ -277,6 +341,7 @@ def test_a_body_may_be_as_large_as_the_limit_and_no_larger(front, superlink, pos
     assert front.counts()["refused"] == before + 3
 
 
+@pytest.mark.fault("R9")
 def test_all_bodies_together_are_bounded_too(front, superlink, post, monkeypatch):
     monkeypatch.setattr(module, "_MAX_WAITING_BYTES", 1000)
     assert post(CALL, content=bytes(1001)).status_code == 503
@@ -285,12 +350,14 @@ def test_all_bodies_together_are_bounded_too(front, superlink, post, monkeypatch
         assert post(CALL, content=bytes(900)).status_code == 418
 
 
+@pytest.mark.fault("R14")
 def test_a_slow_body_is_not_waited_for(superlink, say, monkeypatch):
     monkeypatch.setattr(module, "_BODY_S", 0.1)
     assert say(f"POST {CALL} HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx".encode()).startswith(b"HTTP/1.1 408 ")
     assert superlink.seen == []
 
 
+@pytest.mark.fault("R14")
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/fl"])
 def test_a_connection_that_asks_nothing_is_closed(say, monkeypatch, begun):
     monkeypatch.setattr(Impatient, "idle_s", 0.2)
@@ -299,6 +366,7 @@ def test_a_connection_that_asks_nothing_is_closed(say, monkeypatch, begun):
     assert 0.1 < time.monotonic() - start < 5
 
 
+@pytest.mark.fault("R14")
 def test_a_connection_may_wait_between_calls_but_not_within_one(front, trust, monkeypatch):
     monkeypatch.setattr(Impatient, "idle_s", 0.2)
     with (

@@ -232,6 +232,7 @@ def test_a_kill_leaves_the_campaign_as_it_was(ran, monkeypatch):
     assert newest_of(ran).arrays_of == 1
 
 
+@pytest.mark.fault("R11")
 def test_a_damaged_roll_back_costs_no_count(ran):
     roll_back(ran, 1)
     (ran.folder / "checkpoints" / "round-0004.1" / "tensors.safetensors").write_bytes(b"damaged")
@@ -248,6 +249,7 @@ def test_checkpoints_come_in_the_order_of_numbers(tmp_path):
     assert found == ["round-10000", "round-9999", "round-0005", "round-0004.10", "round-0004.9", "round-0004"]
 
 
+@pytest.mark.fault("R19")
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
     path = save_checkpoint(tmp_path, Checkpoint(2, "p", {"a": np.zeros(1)}, OptimizerState(), {}))
     state = json.loads((path / "state.json").read_text())

@@ -3,16 +3,21 @@
 import json
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import server.service
+from server.aggregate import OptimizerState
+from server.checkpoint import Checkpoint, save_checkpoint
 from server.folder import create_server
 from server.register import enrol, revoke
+from server.rounds import note_begun
 from shared.errors import CampaignError, ServerError
 from shared.flower_control import Node, key_bytes
 from shared.flower_tasks import TaskError
@@ -93,6 +98,7 @@ def test_who_is_enrolled_is_let_in_and_who_is_revoked_or_a_stranger_is_put_out(f
     assert key_bytes(keys[1]) not in {node.public_key for node in link.known.values()}
 
 
+@pytest.mark.fault("R5")
 def test_a_seat_outlives_a_superlink_that_forgot_everything(folder, link, watch):
     for number in range(2):
         enrol(folder.folder, new_key(), f"d{number}", now=NOW)
@@ -102,6 +108,34 @@ def test_a_seat_outlives_a_superlink_that_forgot_everything(folder, link, watch)
     follow(watch)
     assert sorted(watch.roster.values()) == sorted(before.values()) == [0, 1]
     assert not before.keys() & watch.roster.keys()  # other node ids, the same seats
+
+
+@pytest.mark.fault("R1", "R2")
+def test_after_a_restart_only_who_has_called_since_is_there(folder, link, watch):
+    """Flower's database calls devices online that it heard before it fell, and soon gives up their answers."""
+    for number in range(2):
+        enrol(folder.folder, new_key(), f"d{number}", now=NOW)
+    follow(watch)
+    assert watch._online == {0, 1}
+    watch._link.starts += 1
+    follow(watch)
+    assert watch._online == set()
+    first = next(node for node, seat in watch.roster.items() if seat == 0)
+    link.known[first] = replace(link.known[first], online_until=30.0)
+    watch._follow_register()
+    assert watch._online == {0}
+    assert sorted(watch.roster.values()) == [0, 1]  # they are asked as soon as they call
+
+
+@pytest.mark.fault("R2")
+def test_a_run_ends_with_the_superlink_it_was_begun_at(watch, monkeypatch):
+    task = SimpleNamespace(finish=lambda ok: None)
+    monkeypatch.setattr(watch, "_take_run", lambda: task)
+    with watch.run() as found:
+        assert found is task
+        assert not task.fallen()
+        watch._link.starts += 1
+        assert task.fallen()
 
 
 def test_what_the_server_writes_down_says_who_is_there_and_what_is_wrong(folder, link, watch):
@@ -132,6 +166,7 @@ class Interrupted:
         yield SimpleNamespace(grid=lambda: None)
 
 
+@pytest.mark.fault("R2")
 @pytest.mark.parametrize("lost", [1, 4, 5])
 def test_a_run_that_flower_loses_is_followed_by_another_from_the_last_checkpoint(folder, tmp_path, monkeypatch, lost):
     watch, starts, said = Interrupted(), [], []
@@ -158,6 +193,7 @@ def test_a_run_that_flower_loses_is_followed_by_another_from_the_last_checkpoint
     assert len(said) == lost
 
 
+@pytest.mark.fault("R2")
 def test_runs_are_lost_for_good_only_where_no_round_is_finished_between(folder, tmp_path, monkeypatch):
     rounds, done = iter([TaskError("away")] * 12 + ["done"]), iter(range(100))
     monkeypatch.setattr(server.service, "_Watch", Interrupted)
@@ -177,6 +213,25 @@ def test_runs_are_lost_for_good_only_where_no_round_is_finished_between(folder, 
     assert server.service.serve(folder, campaign, judge=SimpleNamespace(begin=lambda: None)) == "done"
 
 
+@pytest.mark.fault("R11")
+@pytest.mark.parametrize(("begun", "at"), [(4, 2), (7, 7)], ids=["one is asked for again", "several are passed over"])
+def test_a_server_whose_newest_checkpoints_are_lost_says_so_and_asks_with_new_numbers(
+    folder, tmp_path, monkeypatch, begun, at
+):
+    save_checkpoint(tmp_path / "checkpoints", Checkpoint(2, "p", {"a": np.ones(1)}, OptimizerState(), {0: 2}))
+    note_begun(tmp_path, begun)
+    starts, said = [], []
+    monkeypatch.setattr(server.service, "_Watch", Interrupted)
+    monkeypatch.setattr(server.service, "metered", lambda grid: grid)
+    monkeypatch.setattr(server.service, "run_rounds", lambda *_, start, **__: starts.append(start))
+    campaign = SimpleNamespace(folder=tmp_path, policy=SimpleNamespace(sha256="p", rounds=9))
+    server.service.serve(folder, campaign, judge=SimpleNamespace(begin=lambda: None), on_state=said.append)
+    [start] = starts
+    assert (start.round_number, start.arrays_of, start.participations) == (at, 2, {0: 2})
+    assert [("passed over" in words) for words in said] == ([True] if at == 7 else [])
+
+
+@pytest.mark.fault("R2")
 def test_a_run_waits_for_a_superlink_that_is_being_started_again(watch, link, monkeypatch):
     monkeypatch.setattr(server.service, "_WATCH_S", 0.01)
     tries = iter([CampaignError("away"), CampaignError("away"), 7])

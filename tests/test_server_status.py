@@ -132,6 +132,17 @@ def test_rounds_replies_rejects_bytes_scores_and_cost_are_told(server, campaign)
     assert touched <= {campaign.folder / "checkpoints"}  # by this test
 
 
+@pytest.mark.fault("R11")
+def test_a_checkpoint_that_was_put_aside_is_told(server, campaign):
+    folder = campaign.folder / "checkpoints"
+    assert "DAMAGED checkpoints" not in "\n".join(lines(status(server)))
+    (folder / "round-0003" / "state.json").write_text("{}")
+    last_checkpoint(folder, policy_sha256=campaign.policy.sha256)
+    found = status(server)
+    assert [told["put_aside"] for told in found["campaigns"]] == [["round-0003"]]
+    assert "DAMAGED checkpoints: round-0003" in "\n".join(lines(found))
+
+
 def test_a_new_server_and_a_damaged_campaign_have_a_status(server):
     said = "\n".join(lines(status(server)))
     assert "not running; start" in said

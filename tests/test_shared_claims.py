@@ -11,7 +11,7 @@ from shared.errors import PrivacyError
 
 CENTRAL = Mechanism(3.0, 1.0, 1, 20, coordinates=2000, grid_sigma=2**24)
 SHARED = DistributedMechanism(3.0, 20, 2000, shares=70, share_sigma=2.0**16)
-TERMS = SimpleNamespace(neighbours=30, threshold=21, min_survivors=80, colluders=10)
+TERMS = SimpleNamespace(neighbours=30, threshold=21, min_survivors=80, colluders=10, groups=1)
 
 
 def test_a_central_claim_says_whom_to_trust_and_what_is_hidden():

@@ -19,6 +19,7 @@ from server.gate import RejectedReply, check_reply
 from shared import flower_messages
 from shared.flower import InlineGrid, MeteredGrid
 from shared.flower_messages import Coming, WaryGrid
+from shared.flower_tasks import Task, TaskError
 
 GOOD = RecordDict({"arrays": ArrayRecord({"a": Array(np.arange(1000.0))}), "config": ConfigRecord({"round": 3})})
 
@@ -106,6 +107,22 @@ def array_of(chunks, indices, **changed):
     return part("Array", body, chunks)
 
 
+@pytest.mark.fault("R2")
+def test_after_a_fall_of_the_superlink_nobody_waits_for_what_it_lost(grid, runtime, asked):
+    """A reply whose parts were on their way when it fell: they are not sent again, by nobody."""
+    tree, _ = send(runtime, asked[0])
+    del runtime.parts[tree.object_id]
+    runtime.promised.add(tree.object_id)
+    assert list(grid.pull_messages([asked[0].metadata.message_id])) == []
+    task = Task(None, None, token="t")
+    grid._check = task._check
+    assert list(grid.pull_messages([asked[0].metadata.message_id])) == []
+    task.fallen = lambda: True
+    with pytest.raises(TaskError, match="started again") as caught:
+        grid.pull_messages([asked[0].metadata.message_id])
+    assert caught.value.gone
+
+
 def test_a_good_reply_is_read_whole(grid, runtime, asked):
     tree, _ = send(runtime, asked[0])
     [reply] = grid.pull_messages(["0" * 64, "1" * 64])
@@ -115,6 +132,7 @@ def test_a_good_reply_is_read_whole(grid, runtime, asked):
     assert runtime.confirmed == [tree.object_id]
 
 
+@pytest.mark.fault("R6", "R9")
 def test_a_reply_whose_parts_never_come_keeps_nobody_waiting(grid, runtime, asked):
     tree, _ = send(runtime, asked[0])
     late = tree.children[0].object_id
@@ -132,6 +150,7 @@ def test_a_reply_whose_parts_never_come_keeps_nobody_waiting(grid, runtime, aske
     assert runtime.confirmed == [other.object_id, tree.object_id]
 
 
+@pytest.mark.fault("R6")
 def test_what_is_left_of_a_round_that_is_over_is_let_go(grid, runtime, asked):
     tree, _ = send(runtime, asked[0])
     runtime.promised |= set(runtime.parts)
@@ -164,6 +183,7 @@ RECORDS = {
 }
 
 
+@pytest.mark.fault("R9")
 @pytest.mark.parametrize("kind", ["no message", "no records", "damaged", *RECORDS])
 def test_a_reply_that_cannot_be_read_is_an_error_of_that_device_alone(grid, runtime, asked, kind):
     reply = message_to_proto(Message(RecordDict(), reply_to=asked[0])).SerializeToString()
@@ -177,6 +197,7 @@ def test_a_reply_that_cannot_be_read_is_an_error_of_that_device_alone(grid, runt
     assert len(runtime.confirmed) == 2
 
 
+@pytest.mark.fault("R9")
 def test_too_many_parts_are_not_fetched(grid, runtime, asked, monkeypatch):
     monkeypatch.setattr(flower_messages, "_MOST_PARTS", 50)
     made = records_of(**{f"c{n}": part("ConfigRecord", str(n).encode()) for n in range(60)})
@@ -186,6 +207,7 @@ def test_too_many_parts_are_not_fetched(grid, runtime, asked, monkeypatch):
     assert reply.has_error()
 
 
+@pytest.mark.fault("R8")
 def test_a_reply_speaks_in_nobody_elses_name(grid, runtime, asked):
     other = Message(GOOD, reply_to=asked[1])
     other.metadata.__dict__["_message_id"] = other.object_id
@@ -195,6 +217,7 @@ def test_a_reply_speaks_in_nobody_elses_name(grid, runtime, asked):
     assert reply.metadata.reply_to_message_id == "0" * 64
 
 
+@pytest.mark.fault("R9")
 def test_what_a_device_says_of_an_error_ends_no_campaign(grid, runtime, asked):
     reason = "<class 'ray.exceptions.ActorDiedError'>:<'The actor died.'>"
     error = Message(Error(code=5, reason=reason), reply_to=asked[0])
@@ -207,6 +230,7 @@ def test_what_a_device_says_of_an_error_ends_no_campaign(grid, runtime, asked):
         check_reply(reply, policy=None, policy_sha256="", round_number=3)
 
 
+@pytest.mark.fault("R14")
 def test_a_device_waits_for_a_server_s_message_as_long_as_it_is_told(runtime, asked):
     tree, parts = send(runtime, asked[0])
     runtime.parts.clear()

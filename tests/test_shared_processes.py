@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from client.private_files import private_folder
 from client.supernode import NOT_ENROLLED, OFFLINE, ONLINE, WRONG_CLOCK, SuperNode
 from shared.flower_tasks import StalledError
-from shared.processes import free_port, is_ours
+from shared.processes import free_port, is_ours, running, trim
 
 
 def test_a_port_is_ours_where_a_process_of_this_user_listens(monkeypatch):
@@ -22,6 +23,30 @@ def test_a_port_is_ours_where_a_process_of_this_user_listens(monkeypatch):
             assert not is_ours(caller.getsockname()[1])
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
         assert not is_ours(port)
+
+
+CHATTERBOX = """
+import os, time
+for chunk in range(5):
+    for number in range(100):
+        print(f"{number:0999d}", flush=True)
+    while os.fstat(1).st_size > 50_000:  # its own log
+        time.sleep(0.005)
+"""
+
+
+def test_what_a_running_program_says_stays_bounded(tmp_path):
+    log = tmp_path / "said.log"
+    command = ["python", "-c", CHATTERBOX]
+    deadline = time.monotonic() + 30.0
+    with running(command, environment=dict(os.environ), folder=tmp_path, log=log) as program:
+        while program.poll() is None and time.monotonic() < deadline:
+            trim(log, limit_bytes=50_000)
+            time.sleep(0.005)
+        assert program.poll() == 0  # half a megabyte said
+    assert {file.name for file in tmp_path.iterdir()} == {"said.log", "said.log.1"}
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 200_000
+    assert log.read_bytes()[:1] in (b"0", b"")  # no hole where the old lines were
 
 
 class Child:
@@ -43,8 +68,9 @@ def node(tmp_path):
 
 def test_no_task_is_taken_of_another_users_program(node, monkeypatch):
     """The port is chosen before the SuperNode listens on it, and everybody can read it from its command line."""
-    node._tasks = SimpleNamespace(take=lambda: "a task")
-    assert node.take() == "a task"
+    task = SimpleNamespace(message=SimpleNamespace(metadata=SimpleNamespace(message_type="train")))
+    node._tasks = SimpleNamespace(take=lambda: task)
+    assert node.take() is task
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert node.take() is None
 

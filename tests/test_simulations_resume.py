@@ -62,6 +62,7 @@ def cut_at(monkeypatch, place, call):
     monkeypatch.setattr(module, name, cutting)
 
 
+@pytest.mark.fault("R1")
 @pytest.mark.parametrize(
     ("place", "call"),
     [
@@ -94,6 +95,7 @@ def test_a_run_cut_anywhere_ends_as_the_whole_one(whole, tmp_path, monkeypatch, 
     assert summary["resumed"]
 
 
+@pytest.mark.fault("R11")
 def test_damage_after_the_cut_costs_the_damaged_rounds_only(whole, tmp_path):
     scenario, reference = whole
     out = tmp_path / "out"
@@ -154,6 +156,7 @@ def test_another_base_under_the_same_name_is_noticed(whole, tmp_path):
         simulate(scenario, out=out, quiet=True, resume=True)
 
 
+@pytest.mark.fault("R18")
 def test_two_processes_never_share_a_run(whole):
     scenario, out = whole
     holder = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print(1, flush=True); input()"
@@ -188,6 +191,7 @@ def killed_and_resumed(scenario, folder, moments):
     return out
 
 
+@pytest.mark.fault("R1")
 @pytest.mark.slow
 def test_kill_9_again_and_again(whole, tmp_path):
     """A real process, killed at whatever moment it is in, resumed until it is through."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from client.app import app as client_app
 from client.optimizer import PolicyOptimizer
@@ -165,6 +165,7 @@ def poison(content):
     return wire.pack_reply(arrays, round_number=config["round"], policy_sha256=config["policy"])
 
 
+@pytest.mark.fault("R8", "R9")
 def test_a_bad_reply_loses_that_device_and_not_the_round(campaign):
     published = campaign()
     grid, last = run_campaign(published, client=Faulty({0: poison, 5: lambda _: wire.pack_refusal("BUDGET")}))
@@ -172,11 +173,43 @@ def test_a_bad_reply_loses_that_device_and_not_the_round(campaign):
     assert grid.messages == 12
 
 
+@pytest.mark.fault("R7")
 def test_too_few_good_replies_stop_the_campaign_and_keep_what_was_done(campaign):
     published = campaign()
     faults = dict.fromkeys(range(12), poison)
     with pytest.raises(CampaignError, match=r"round 1 needs 50% of 4 replies, got 0 .*NOT_FINITE"):
         run_campaign(published, client=Faulty(faults))
+
+
+@pytest.mark.fault("R3", "R7")
+def test_a_round_that_its_devices_refuse_for_ever_is_void_and_the_next_one_comes(campaign):
+    """As after a power cut: whoever was at work has burnt the round, and asking again would never end."""
+    published = campaign()
+
+    def refuse(code):
+        def first_round(content):
+            return wire.pack_refusal(code) if content["config"]["round"] == 1 else content
+
+        return Faulty(dict.fromkeys(range(12), first_round))
+
+    _, last = run_campaign(published, client=refuse("BURNT"))
+    assert last.round_number == 3
+    assert (last.total.replies, dict(last.total.rejected)) == (8, {"BURNT": 4, "VOID": 1})
+    with pytest.raises(CampaignError, match=r"round 1 needs 50% of 4 replies, got 0 .*PAUSED"):
+        run_campaign(campaign(name="again"), client=refuse("PAUSED"))
+
+
+@pytest.mark.fault("R6")
+def test_who_is_silent_is_counted_once_though_flower_answers_in_its_own_name(campaign):
+    def gone(message, context):
+        reply = client_app(message, context)
+        if context.node_config["partition-id"] == 0:
+            reply = Message(Error(code=3, reason="Message Unavailable"), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = 1  # the SuperLink's
+        return reply
+
+    with pytest.raises(CampaignError, match=r"must answer in a simulation; in round \d 1 did not \(NO_REPLY"):
+        run_campaign(campaign(), client=gone, fatal=FATAL)
 
 
 def test_in_a_simulation_one_broken_device_stops_the_run(campaign):

@@ -390,6 +390,7 @@ def _refused(reply):
     return reply
 
 
+@pytest.mark.fault("R7", "R21")
 def test_with_too_few_survivors_a_round_is_void_and_nothing_is_opened(homes, distributed, devices, tmp_path):
     between = Wire()
     between.change = lambda kind, seat, reply: _refused(reply) if kind == "train" and seat >= 2 else reply
@@ -464,6 +465,7 @@ def test_what_is_not_noised_is_given_once_and_never_written_down(homes, central,
     assert len(whole) == 1
 
 
+@pytest.mark.fault("R7")
 def test_a_central_round_with_too_few_replies_is_void(homes, central, tmp_path):
     folders = [homes.make_home(tmp_path / f"home-{seat}", central, user=seat).folder for seat in range(2)]
     grid = homes.grid_of(folders)
@@ -567,6 +569,7 @@ def lose_all(kind, seat, reply):
     return _refused(reply) if kind == "train" and seat >= 2 else reply
 
 
+@pytest.mark.fault("R7", "R21")
 def test_a_void_round_is_never_asked_again_and_its_answers_do_not_count(homes, distributed, devices, tmp_path):
     between = Wire()
     between.change = lose_all
@@ -575,6 +578,7 @@ def test_a_void_round_is_never_asked_again_and_its_answers_do_not_count(homes, d
     assert not last.answered
 
 
+@pytest.mark.fault("R7")
 @pytest.mark.parametrize(("good", "rounds"), [((), 3), ((2,), 5)])
 def test_three_void_rounds_running_end_a_campaign(distributed, tmp_path, monkeypatch, good, rounds):
     policy = distributed.campaign.policy.model_copy(update={"rounds": 9})
@@ -623,6 +627,7 @@ def test_a_device_that_nobody_certified_takes_no_part(homes, distributed, device
     assert last.latest.replies == 4
 
 
+@pytest.mark.fault("R7")
 def test_where_masks_are_left_out_too_few_contributions_are_void_too(distributed, tmp_path):
     policy = distributed.campaign.policy
     strategy = EqualWeights(

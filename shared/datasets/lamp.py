@@ -1,7 +1,7 @@
 """LaMP 1 to 7 as published: a profile holds a user's own records, a question with its gold answer is a test record."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from .records import Dataset, Record, UserData, is_text
 SPLITS = ("train", "dev", "test")
 PUBLIC = "public.txt"
 _MEND = "Compare the file with the published one."
+_MOST_DEEP = 64  # a question's profile lies three deep in the file
 _DAY = re.compile(r"\d{4}(-\d{1,2}){0,2}")
 
 
@@ -284,13 +285,34 @@ def _stream(path: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             if file.read(3) != b"\xef\xbb\xbf":
                 file.seek(0)
-            for row in ijson.items(file, "item", use_float=True):
+            for row in _elements(ijson.basic_parse(file, use_float=True), ijson.ObjectBuilder):
                 count += 1
                 yield row
     except OSError as error:
         raise DataError(f"{path} must be readable, got: {error.strerror}; check its permissions.") from None
-    except (ijson.JSONError, UnicodeDecodeError):
+    except (ijson.JSONError, ValueError):  # ValueError: bytes that are not UTF-8, a number of thousands of digits
         raise DataError(f"{path} must be a JSON array, got something else after question {count}. {_MEND}") from None
+
+
+def _elements(events: Iterable[tuple[str, Any]], builder: Callable[[], Any]) -> Iterator[Any]:
+    """The elements of an array of bounded depth; ijson's own ``items`` takes memory by the square of it.
+
+    Raises:
+        ValueError: There is no array, or it is deeper than any question.
+    """
+    depth, element = 0, None
+    for event, value in events:
+        begins = event in ("start_map", "start_array")
+        depth += begins - (event in ("end_map", "end_array"))
+        if depth > _MOST_DEEP or (depth == 1 and event == "start_map") or (depth == 0 and event != "end_array"):
+            raise ValueError("it must be an array of questions, got another")
+        if depth == 0 or (depth == 1 and event == "start_array"):
+            continue
+        element = element or builder()
+        element.event(event, value)
+        if depth == 1:
+            yield element.value
+            element = None
 
 
 def _public_texts(folder: Path, *, needed: bool) -> tuple[str, ...]:

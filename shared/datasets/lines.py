@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 from shared.errors import DataError
 
 MAX_LINE_BYTES = 10_000  # the longest line of a MovieLens file has 500
+MAX_EMPTY = 100_000  # lines in a row; a small file of gzip holds millions
 MAX_RECORDS = 5_000_000  # of a data set; with their texts about 2 GB
 PUBLISHED = "Compare the file with the published one, or fetch it again."
 OWN_FILE = "Mend it, or leave it out."
@@ -50,6 +51,8 @@ def numbered_lines(
                     others, utf8 = True, utf8 and _is_utf8(line)
                 if not text:
                     empty += 1
+                    if empty > MAX_EMPTY:
+                        raise at(path, number, f"must not be the last of more than {MAX_EMPTY:,} empty lines", do=do)
                     continue
                 for before in range(number - empty, number):
                     yield before, ""

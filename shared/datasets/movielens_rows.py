@@ -182,8 +182,9 @@ def whole_number(name: str, text: str) -> int:
 
 
 def short(text: str) -> str:
-    """A value quoted in a message: never a whole line of a user's file."""
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    """A value quoted in a message: never a whole line of a user's file, nor what a terminal would obey."""
+    text = text if len(text) <= 60 else f"{text[:59]}…"
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def _stars(text: str, step: float) -> float:

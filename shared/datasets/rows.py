@@ -102,7 +102,7 @@ def _parquet_rows(file: BinaryIO, columns: Mapping[str, str]) -> Iterator[Row]:
                     yield batch.slice(number, 1).to_pylist()[0]
                 except (ValueError, OverflowError):  # bytes that are not UTF-8, a date Python does not know
                     yield "malformed"
-    except (arrow.ArrowException, OSError):
+    except (arrow.ArrowException, OSError, ValueError, LookupError):  # ValueError: names that are not UTF-8
         yield "file"
 
 

@@ -13,6 +13,7 @@ from .records import Dataset, Record, UserData, split_by_time
 FOLDER = Path(__file__).parent  # holds the extract and its notice
 FILE_NAME = "sotu.jsonl.gz"
 NUM_BEFORE = 2  # sentences a record shows
+_MAX_BYTES = 64 * 2**20  # unpacked; the extract has 5 MB
 MIN_PASSAGE = NUM_BEFORE + 1  # sentences that make at least one record
 
 
@@ -54,11 +55,15 @@ def read_sotu(folder: Path) -> Dataset:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").removesuffix("\n").split("\n")
+        with gzip.open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        lines = content.decode("utf-8").removesuffix("\n").split("\n")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise DataError(f"{path} must be gzip of utf-8, got: {error}. Install the package again.") from None
     except OSError as error:
         raise DataError(f"{path} must be readable, got: {error.strerror}. Give the folder that holds it.") from error
+    if len(content) > _MAX_BYTES:
+        raise DataError(f"{path} must unpack to at most {_MAX_BYTES} bytes, got more. Install the package again.")
     if lines == [""]:
         raise DataError(f"{path} must hold at least one speech, got none. Install the package again.")
     return lines
@@ -67,7 +72,7 @@ def _lines(path: Path) -> list[str]:
 def _speech(line: str) -> tuple[str, int, list[list[str]]]:
     try:
         found: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("must be JSON, got something else") from None
     if not (isinstance(found, dict) and found.keys() == {"name", "year", "passages"}):
         raise ValueError("must be an object with name, year and passages, got another")
