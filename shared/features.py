@@ -142,7 +142,7 @@ def cached_features(
             _write_shard(folder, list(missing), fresh)
         except OSError as error:
             raise AssetError(
-                f"the cache {folder} must be writable: {error.strerror}; make room or set XDG_CACHE_HOME."
+                f"the cache {folder} must be writable: {error.strerror or error}; make room or set XDG_CACHE_HOME."
             ) from None
         known = _open_shards(folder)
     return Features([known[key] for key in keys])

@@ -209,6 +209,7 @@ def test_a_full_disk_stops_the_run_and_a_resumption_ends_it(world, tmp_path):
     """A real limit of the operating system on what may be written; the report is beyond it."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "sottovoce.cli", "simulate", "--quiet"]
+    assert main(["simulate", str(world), "--quiet", "--dry-run", *changes(SMALL)]) == 0  # the cache is beyond it too
     limited = subprocess.run(
         [*command, str(world), "--out", str(out), *changes(SMALL)],
         cwd=ROOT,

@@ -275,3 +275,27 @@ def test_the_survey_page_quotes_what_was_measured_of_language():
     for name in ("cached_last_4", "cached_last_1", "ours_all_layers"):
         found = speed["ratios"][f"opacus_all_layers_over_{name}"]
         assert f"{found['median']:.1f} [{found['low']:.1f}, {found['high']:.1f}]" in page
+
+
+def test_the_pages_quote_what_liars_and_hostile_inputs_did():
+    measured = json.loads((ROOT / "docs" / "measurements" / "poisoning.json").read_text(encoding="utf-8"))["poison"]
+    page = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    for cells in measured["rules"].values():
+        for liars in ("honest", "attacked"):
+            score = cells[liars]["federated"]
+            assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in page
+    for rule in ("mean", "trimmed-mean"):
+        before, after = (measured["rules"][rule][liars]["federated"]["value"] for liars in ("honest", "attacked"))
+        assert f"from {before:.3f} to {after:.3f}" in " ".join(README.split())
+    fuzzed = json.loads((ROOT / "docs" / "measurements" / "fuzz.json").read_text(encoding="utf-8"))
+    assert fuzzed["problems"] == 0
+    assert f"{fuzzed['inputs']:,} hostile inputs to {len(fuzzed['parsers'])} parsers" in README
+
+
+def test_the_page_of_faults_quotes_the_endurance():
+    measured = json.loads((ROOT / "docs" / "measurements" / "endurance.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert f"{measured['rounds']} rounds of {measured['seconds']['median']:.1f} s" in page
+    for program in ("supervisor", "superlink", "supernode 0", "supernode 1"):
+        grown = measured["rss_mib"][program]
+        assert f"{grown['per_100_rounds']:+.2f} [{grown['low']:+.2f}, {grown['high']:+.2f}]" in page
