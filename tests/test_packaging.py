@@ -270,6 +270,11 @@ def test_the_survey_page_quotes_what_was_measured_of_language():
                     continue
                 value, low, high = (scale * scores[run["metric"]][key] for key in ("value", "low", "high"))
                 assert f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" in page, (run["command"], row)
+    for runs in (measured["sotu, three epochs"], measured["sotu-shuffled, three epochs"]):
+        found = runs["none"]["differences"]["personal - personal of another"]["perplexity"]
+        quoted = f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+        assert quoted in page
+        assert quoted in " ".join(README.split())
     speed = json.loads((ROOT / "docs" / "measurements" / "bench-language.json").read_text(encoding="utf-8"))
     assert all(goal["met"] for goal in speed["goals"].values())
     for name in ("cached_last_4", "cached_last_1", "ours_all_layers"):
