@@ -30,6 +30,7 @@ ROWS = {
     "dp-statistics": "one private release of ratings, or likes, per text, and the private part: the rival to match",
     "federated": "the shared part alone",
     "persona": "the shared part with the personas of a user's group",
+    "personal of another": "the shared part and the private part of another user",
     "personal": "the shared part and a private part",
     "base + profile": "the base, the user's own records or statements before each prompt",
     "local + profile": "the personal method alone, with them",
