@@ -16,6 +16,7 @@ from sottovoce import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = ("client", "server", "shared", "simulations", "sottovoce")
 
@@ -99,39 +100,39 @@ def test_the_scenarios_and_documents_the_readme_names_exist():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "measurements").glob("movielens*.json")), ids=lambda p: p.stem)
-def test_the_readme_quotes_what_was_measured(path):
+def test_the_results_quote_what_was_measured(path):
     measured = json.loads(path.read_text(encoding="utf-8"))
     for row in ("local", "federated", "personal", "personal-linear"):
         score = measured["rows"][row]["rmse"]
-        assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in README
+        assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in RESULTS
 
 
-def test_the_readme_quotes_the_language_model():
+def test_the_results_quote_the_language_model():
     measured = json.loads((ROOT / "docs" / "measurements" / "sotu.json").read_text(encoding="utf-8"))
     for row in ("base", "local", "federated", "personal"):
         score = measured["rows"][row]["perplexity"]
-        assert f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]" in README
+        assert f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]" in RESULTS
 
 
-def test_the_readme_quotes_the_benchmark():
+def test_the_results_quote_the_benchmark():
     measured = json.loads((ROOT / "docs" / "measurements" / "bench-step.json").read_text(encoding="utf-8"))
     for ratio in measured["ratios"].values():
-        assert f"{ratio['median']:.3g}" in README
+        assert f"{ratio['median']:.3g}" in RESULTS
 
 
-def test_the_readme_quotes_the_benchmark_of_a_simulation():
+def test_the_results_quote_the_benchmark_of_a_simulation():
     measured = json.loads((ROOT / "docs" / "measurements" / "bench-simulate.json").read_text(encoding="utf-8"))
     for ratio in measured["ratios"]["plain_over_ours"].values():
-        assert f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]" in README
+        assert f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]" in RESULTS
     for engine in measured["engine_ms_per_client_round"].values():
-        assert f"{engine['median']:.2g} ms [{engine['low']:.2g}, {engine['high']:.2g}]" in README
+        assert f"{engine['median']:.2g} ms [{engine['low']:.2g}, {engine['high']:.2g}]" in RESULTS
     for seconds in measured["one_round_of_everybody"].values():
-        assert f"{seconds:.0f} s" in README
+        assert f"{seconds:.0f} s" in RESULTS
 
 
-def test_the_readme_quotes_the_benchmark_of_heads_and_names_what_fell_short():
+def test_the_results_quote_the_benchmark_of_heads_and_names_what_fell_short():
     goals = json.loads((ROOT / "docs" / "measurements" / "bench-head.json").read_text(encoding="utf-8"))["goals"]
-    said = README[README.index("Personal heads as a device runs them") :]
+    said = RESULTS[RESULTS.index("## Personal heads") :]
     for words, digits in (("tokens over torch's", ".3g"), ("relative rms, adapted", ".3f"), ("s wall", ".2f")):
         for name in (name for name in goals if name.endswith(words) and "shipped" in name):
             if "export" not in name or "fp32" in name:
@@ -162,6 +163,41 @@ def test_every_command_has_help_and_is_in_the_readme(name, parser):
     assert f"sottovoce {name}" in README + guides or name.split()[-1] in README
 
 
+def test_the_table_of_the_readme_is_what_was_measured():
+    measured = ROOT / "docs" / "measurements"
+    rows: dict[str, dict[str, float]] = {}
+    for name in ("movielens", "movielens-nonprivate", "records-kernel"):
+        scores = json.loads((measured / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        rows[name] = {row: score["rmse"]["value"] for row, score in scores.items()}
+    [user] = [
+        cell["test"]["personal"]["mean"]
+        for cell in json.loads((measured / "bench-users.json").read_text(encoding="utf-8"))["cells"]
+        if cell["epsilon"] == 8
+    ]
+    private, free = rows["movielens"], rows["movielens-nonprivate"]
+    cells = {
+        "`local`: each device alone": (private["local"], free["local"]),
+        "`personal`, each record hidden from everybody, LoRA": (private["personal"], free["personal"]),
+        "`personal`, each record hidden from everybody, kernel head on the catalogue's texts": (
+            rows["records-kernel"]["personal"],
+            None,
+        ),
+        "`personal`, each user hidden by a secure sum, kernel head on the catalogue's texts": (user, None),
+        "`pooled`: one linear head on all data in one place": (None, free["pooled"]),
+    }
+    for words, values in cells.items():
+        said = " | ".join("" if value is None else f"{value:.3f}" for value in values).strip()
+        assert f"| {words} | {said} |".replace("|  |", "| |") in README, words
+    sotu = json.loads((measured / "sotu.json").read_text(encoding="utf-8"))["rows"]
+    base, personal = (sotu[row]["perplexity"]["value"] for row in ("base", "personal"))
+    assert f"{base:.2f} as published and {personal:.2f} personal" in README
+    peers = json.loads((measured / "peers.json").read_text(encoding="utf-8"))["over_opacus_hooks"]
+    everybody = json.loads((measured / "bench-speed.json").read_text(encoding="utf-8"))["one_round_of_everybody_s"]
+    assert f"{everybody:.1f} s in one process" in README
+    for name, words in (("ours_fp32", "takes {} of the time"), ("ours_mixed", "and {} in mixed")):
+        assert words.format(f"{peers[name]['median']:.2f}".lstrip("0")) in README
+
+
 def test_the_repository_has_its_papers():
     for name in ("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/summary.md"):
         assert (ROOT / name).is_file(), name
@@ -175,34 +211,34 @@ def test_every_module_says_what_it_is_for():
             assert not text or text.startswith('"""'), path
 
 
-def test_the_readme_quotes_the_kernel_head_on_records():
+def test_the_results_quote_the_kernel_head_on_records():
     rows = json.loads((ROOT / "docs" / "measurements" / "records-kernel.json").read_text(encoding="utf-8"))["rows"]
     for row in ("personal", "dp-statistics"):
         score = rows[row]["rmse"]
-        assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in README
+        assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in RESULTS
 
 
-def test_the_readme_quotes_what_users_cost():
+def test_the_results_quote_what_users_cost():
     cells = json.loads((ROOT / "docs" / "measurements" / "bench-users.json").read_text(encoding="utf-8"))["cells"]
     for cell in cells:
         for row in ("local", "personal-linear", "dp-statistics", "personal"):
             score = cell["test"][row]
-            assert f"{score['mean']:.4f} ({score['sd']:.4f})" in README
-        assert f"{cell['margin']:+.4f}" in README
+            assert f"{score['mean']:.4f} ({score['sd']:.4f})" in RESULTS
+        assert f"{cell['margin']:+.4f}" in RESULTS
         assert cell["certified"] <= cell["epsilon"]
     for cell in json.loads((ROOT / "docs" / "measurements" / "bench-lora.json").read_text(encoding="utf-8"))["cells"]:
         for head in ("linear", "kernel"):
             both = (cell["test"][head]["mean"], cell["test"][f"{head}-lora"]["mean"])
-            assert f"{both[0]:.4f} / {both[1]:.4f}" in README
+            assert f"{both[0]:.4f} / {both[1]:.4f}" in RESULTS
 
 
-def test_the_readme_quotes_what_a_secure_sum_costs():
+def test_the_results_quote_what_a_secure_sum_costs():
     sums = json.loads((ROOT / "docs" / "measurements" / "bench-secure-sum.json").read_text(encoding="utf-8"))["sums"]
     for group in sums.values():
         cells = [
             f"{c['device_ms']['all']['median']:.0f} / {c['server_ms']['dropout']['median']:.1f}" for c in group.values()
         ]
-        assert " | ".join(cells) in README
+        assert " | ".join(cells) in RESULTS
 
 
 def test_the_audits_page_quotes_what_was_measured():
@@ -276,7 +312,7 @@ def test_the_survey_page_quotes_what_was_measured_of_language():
         found = runs["none"]["differences"]["personal - personal of another"]["perplexity"]
         quoted = f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
         assert quoted in page
-        assert quoted in " ".join(README.split())
+        assert quoted in " ".join(RESULTS.split())
     speed = json.loads((ROOT / "docs" / "measurements" / "bench-language.json").read_text(encoding="utf-8"))
     assert all(goal["met"] for goal in speed["goals"].values())
     for name in ("cached_last_4", "cached_last_1", "ours_all_layers"):
