@@ -31,6 +31,7 @@ SCHEMA = 2
 MIN_PROBES = 16
 MIN_ONNXRUNTIME = "1.27"
 MODEL, TOKENIZER, ADAPTER, MANIFEST = "model.onnx", "tokenizer.json", "adapter.safetensors", "manifest.json"
+MEMORY_PREFIX = "memory."  # of tensors that no slot takes: see client/memory.py
 SIGNATURE = "manifest.sig"
 DEFAULT_BASE = "../base"
 PERSONAL_NOTE = (

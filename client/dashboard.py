@@ -29,7 +29,7 @@ from client.owner import RECEIPTS, checked_ledger, history, roll_back, set_pause
 from client.owner_words import forgotten_lines
 from client.page_guard import PageGuard, Session, read_form
 from client.serve import Turns
-from client.service_cli import service_line
+from client.service_words import service_line
 from shared.errors import HeadError, SottovoceError, StoreError
 
 _RECEIPT = re.compile(r"[0-9]{8}T[0-9]{6}(-[0-9]{1,5})?\.json")

@@ -29,7 +29,8 @@ from client.artifact import (
     read_manifest,
 )
 from client.language import PREFIX, Cache, LanguageBase, open_lm_base, read_prefix
-from client.runtime import MAX_TOLERANCE, check_runtime, identity, wrong_answer
+from client.runtime import MAX_TOLERANCE, identity, wrong_answer
+from client.session import check_runtime
 from shared.errors import HeadError
 
 _CHUNK_TOKENS = 128  # of a prompt read at once; its logits are V floats a token

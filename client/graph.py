@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from client.graph_kernel import KernelTerm
 from client.parity import PRECISIONS
 from client.quantize import quantize_weights
-from client.runtime import KERNEL_SLOT, open_session, run_session
+from client.runtime import KERNEL_SLOT
+from client.session import open_session, run_session
 from client.slots import (
     add_optional_input,
     check_found,

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from client.artifact import MODEL
 from client.language import CacheShape, run_step
 from client.parity import PRECISIONS
-from client.runtime import open_session
+from client.session import open_session
 from client.slots import (
     add_optional_input,
     check_found,

@@ -26,7 +26,7 @@ from client.artifact import (
     read_file,
     read_manifest,
 )
-from client.runtime import check_runtime, open_session, read_tokenizer
+from client.session import check_runtime, open_session, read_tokenizer
 from shared.errors import HeadError
 
 PREFIX = "prefix."  # of the names of soft tokens' keys and values in an adapter

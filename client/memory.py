@@ -8,9 +8,8 @@ from typing import Any, cast
 import numpy as np
 from pydantic import ValidationError
 
-from client.artifact import ADAPTER, MANIFEST, Arrays, damaged
+from client.artifact import ADAPTER, MANIFEST, MEMORY_PREFIX, Arrays, damaged
 from client.retrieval import RETRIEVERS, recall
-from client.runtime import MEMORY_PREFIX
 from shared.config import PersonalConfig
 from shared.errors import HeadError
 

@@ -23,7 +23,7 @@ from client.owner_words import (
     status_lines,
 )
 from client.place import default_home, open_owner_home
-from client.service_cli import service_line
+from client.service_words import service_line
 from shared.card_cli import add_output
 from shared.errors import DataError, LedgerError, StoreError
 

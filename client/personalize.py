@@ -19,7 +19,7 @@ from client.finetune import (
 )
 from client.memory import Memory, make_memory
 from client.persona import weights_of
-from client.retrieval import RETRIEVERS, cosines, local_share, recall
+from client.retrieval import RETRIEVERS, Texts, cosines, local_share, recall
 from client.tagging import PrivateTags, fit_tags, keep_tags
 from shared.adapter import Arrays
 from shared.config import PersonaConfig, PersonalConfig
@@ -49,38 +49,6 @@ class PrivateOutput:
     def predict(self, features: np.ndarray, shared: np.ndarray) -> np.ndarray:
         """Features (n, d) and shared predictions (n,) -> personal predictions (n,)."""
         return np.asarray(shared + features.astype(np.float64, copy=False) @ self.weight + self.bias)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts one by one, and all that is known of each before anything private.
-
-    Attributes:
-        features: (n, d) float64, pooled at the shared arrays.
-        shared: (n,) shared predictions, which a private part corrects.
-        texts: The texts; may be empty where no method compares words.
-        inputs: Prepared backbone outputs; None where no method passes the head again.
-        offset: (n,) shared predictions minus those of the head itself, where they come from elsewhere; else zeros.
-    """
-
-    features: np.ndarray
-    shared: np.ndarray
-    texts: Sequence[str] = ()
-    inputs: Features | None = None
-    offset: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.shared)
-
-    def take(self, rows: np.ndarray) -> "Texts":
-        """Some of them, in the order given."""
-        return Texts(
-            self.features[rows],
-            self.shared[rows],
-            [self.texts[row] for row in rows] if self.texts else (),
-            self.inputs.select(rows.tolist()) if self.inputs else None,
-            None if self.offset is None else self.offset[rows],
-        )
 
 
 def fit_none(

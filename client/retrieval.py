@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,42 @@ import numpy as np
 from shared.config import PersonalConfig
 
 if TYPE_CHECKING:
-    from client.personalize import Texts
+    from shared.features import Features
 
 _SATURATION, _LENGTH = 1.5, 0.75  # BM25's k1 and b
 _SMALLEST_NORM = 1e-12
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts one by one, and all that is known of each before anything private.
+
+    Attributes:
+        features: (n, d) float64, pooled at the shared arrays.
+        shared: (n,) shared predictions, which a private part corrects.
+        texts: The texts; may be empty where no method compares words.
+        inputs: Prepared backbone outputs; None where no method passes the head again.
+        offset: (n,) shared predictions minus those of the head itself, where they come from elsewhere; else zeros.
+    """
+
+    features: np.ndarray
+    shared: np.ndarray
+    texts: Sequence[str] = ()
+    inputs: "Features | None" = None
+    offset: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.shared)
+
+    def take(self, rows: np.ndarray) -> "Texts":
+        """Some of them, in the order given."""
+        return Texts(
+            self.features[rows],
+            self.shared[rows],
+            [self.texts[row] for row in rows] if self.texts else (),
+            self.inputs.select(rows.tolist()) if self.inputs else None,
+            None if self.offset is None else self.offset[rows],
+        )
 
 
 def cosines(known: np.ndarray, asked: np.ndarray, *, mean: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from client.persona import weights_of
-from client.personalize import PrivateOutput, Texts, fit_private, personal_method, predict_user
+from client.personalize import PrivateOutput, fit_private, personal_method, predict_user
+from client.retrieval import Texts
 from client.site import TextFeatures
 from shared.adapter import Arrays, forget_device, load_shared, load_start, read_shared, read_start
 from shared.config import PersonaConfig, PersonalConfig, Scenario, TaskConfig

@@ -11,7 +11,8 @@ from safetensors.numpy import load, save
 from client.artifact import ADAPTER, MANIFEST, describe_contents
 from client.export import build_head
 from client.memory import make_memory
-from client.personalize import Texts, predict_user
+from client.personalize import predict_user
+from client.retrieval import Texts
 from client.runtime import open_base, open_head
 from shared.config import AdapterConfig, ModelConfig, PersonalConfig, Scenario, TaskConfig
 from shared.errors import HeadError

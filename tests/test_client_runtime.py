@@ -15,8 +15,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import client.cli
+from client.artifact import ADAPTER, MANIFEST, MODEL, TOKENIZER
 from client.export import export_head
-from client.runtime import ADAPTER, MANIFEST, MODEL, TOKENIZER, base_id, open_base, open_head
+from client.runtime import base_id, open_base, open_head
 from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError
 from shared.head import OutputLayer, RatingHead

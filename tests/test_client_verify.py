@@ -20,7 +20,8 @@ from client.home import open_home
 from client.join import Service
 from client.owner import roll_back
 from client.private_head import personalize
-from client.runtime import base_id, open_base, open_session
+from client.runtime import base_id, open_base
+from client.session import open_session
 from client.vault import signing_key
 from client.verify import (
     SEQUENCE,

@@ -19,7 +19,7 @@ from client.device_key import _read as read_device_key
 from client.join import read_invitation
 from client.ledger import open_ledger
 from client.ledger_book import read_anchor
-from client.runtime import open_session
+from client.session import open_session
 from server.aggregate import OptimizerState
 from server.certificates import new_authority, renew_certificate
 from server.checkpoint import Checkpoint, Counts, _hash_state, load_checkpoint, save_checkpoint
