@@ -8,19 +8,19 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.contribution import contribute
-from client.device import Device, find_device, forget_workbenches
 from client.log import describe_error, note
-from client.round_state import keep_place, take_place
-from client.secure_round import advertise, expect, mask, share, unmask
-from client.train import train_shared
-from shared import wire
-from shared.adapter import Arrays, within_bound
-from shared.campaign import Campaign
+from client.training.contribution import contribute
+from client.training.device import Device, find_device, forget_workbenches
+from client.training.round_state import keep_place, take_place
+from client.training.secure_round import advertise, expect, mask, share, unmask
+from client.training.train import train_shared
 from shared.errors import CampaignError, LedgerError, PrivacyError, RefusedError, SecureSumError, StoreError
-from shared.flower import answer_seat
-from shared.noise import Randomness
-from shared.policy import SUM, Policy
+from shared.flower.grid import answer_seat
+from shared.heads.adapter import Arrays, within_bound
+from shared.privacy.noise import Randomness
+from shared.privacy.policy import SUM, Policy
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign
 
 app = ClientApp()
 

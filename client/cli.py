@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from client.dashboard_cli import add_dashboard
-from client.owner_cli import add_parsers
-from client.place import open_owner_home
-from client.remember_cli import add_remember, remembering_of
-from client.serve_cli import add_serve
-from client.service_cli import add_join, add_schedule
+from client.commands.dashboard import add_dashboard
+from client.commands.owner import add_parsers
+from client.commands.remember import add_remember, remembering_of
+from client.commands.serve import add_serve
+from client.commands.service import add_join, add_schedule
+from client.home.place import open_owner_home
 from shared.errors import HeadError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _open_home(args: argparse.Namespace, kind: Literal["base", "lm-base"]) -> tu
     """What answers in a home, and why it is the bare base, if it is."""
     if args.base is None:
         raise HeadError("--home needs --base, the folder of the fleet's base; it was not given.")
-    from client.verify import check_had_head, open_home_base, open_personal
+    from client.owner.verify import check_had_head, open_home_base, open_personal
 
     home = open_owner_home(args.home)
     check_had_head(home)
@@ -122,7 +122,7 @@ def predict(args: argparse.Namespace) -> int:
     if not texts:
         raise HeadError("at least one text must be given, got none; add --text TEXT or --file TXT.")
     _check_encoding(texts)
-    from client.runtime import open_head  # loads onnxruntime, which no other command needs
+    from client.runtime.runtime import open_head  # loads onnxruntime, which no other command needs
 
     head, problem = (open_head(args.head, base=args.base), None) if args.head else _open_home(args, "base")
     predictions = head.predict(texts).tolist()
@@ -194,7 +194,7 @@ def _open_generator(args: argparse.Namespace) -> tuple[Any, str | None]:
     folder = args.head or args.base
     if folder is None:
         raise HeadError("a head or a base must be named, got neither; add --head DIR, --home DIR or --base DIR.")
-    from client.generation import open_generator  # loads onnxruntime, which no other command needs
+    from client.runtime.generation import open_generator  # loads onnxruntime, which no other command needs
 
     return open_generator(folder, base=args.base if args.head else None), None
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import DTypeLike
 
-from shared.adapter import Arrays
 from shared.config import FederationConfig
-from shared.noise import Randomness
-from shared.policy import SUM, Policy
+from shared.heads.adapter import Arrays
+from shared.privacy.noise import Randomness
+from shared.privacy.policy import SUM, Policy
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from server.aggregate import OptimizerState
 from server.checkpoint import Checkpoint, save_checkpoint
 from server.secure_strategy import SecureWeights
 from server.strategy import EqualWeights
-from shared.adapter import Arrays
-from shared.campaign import Campaign
 from shared.errors import CampaignError, TooFewRepliesError, VoidRoundError
-from shared.flower import Metered
-from shared.noise import Randomness
-from shared.secure_sum import Credential
+from shared.flower.grid import Metered
+from shared.heads.adapter import Arrays
+from shared.privacy.noise import Randomness
+from shared.protocol.campaign import Campaign
+from shared.secure_sum.messages import Credential
 
 _MOST_VOID = 2  # rounds running
 

@@ -8,10 +8,10 @@ from typing import Any
 from server.checkpoint import load_checkpoint, newest_first
 from server.folder import ServerFolder
 from server.status import status
-from shared.campaign import Campaign, verify_campaign
-from shared.card_sources import SERVER, Sources, as_json, campaign_files, gather
+from shared.card.sources import SERVER, Sources, as_json, campaign_files, gather
 from shared.errors import CampaignError
-from shared.signing import load_public
+from shared.protocol.campaign import Campaign, verify_campaign
+from shared.protocol.signing import load_public
 
 _COUNTS = ("replies", "rejected", "void", "bytes_up", "bytes_down")
 _COST = ("asked_devices", "most_rounds", "median_rounds")

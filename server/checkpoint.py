@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from server.aggregate import OptimizerState
-from shared.adapter import Arrays
 from shared.errors import CampaignError
 from shared.files import flush_folder, write_durably
+from shared.heads.adapter import Arrays
 
 _FORMAT = 1
 _NOT_READABLE = (ValueError, KeyError, TypeError, AttributeError, SafetensorError)

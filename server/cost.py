@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from server.checkpoint import Checkpoint
 from server.rounds import last_begun
-from shared.accounting import epsilon
-from shared.campaign import Campaign
+from shared.privacy.accounting import epsilon
+from shared.protocol.campaign import Campaign
 
 
 @dataclass(frozen=True)

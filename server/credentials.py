@@ -8,10 +8,10 @@ import base64
 
 from server.folder import ServerFolder
 from server.register import Device, fill_certificates, read_register
-from shared.enrolment import certify_device, check_certificate
 from shared.errors import SecureSumError, ServerError
-from shared.secure_sum import Credential
-from shared.signing import load_private, load_public
+from shared.protocol.enrolment import certify_device, check_certificate
+from shared.protocol.signing import load_private, load_public
+from shared.secure_sum.messages import Credential
 
 
 def certify_devices(server: ServerFolder) -> tuple[Device, ...]:

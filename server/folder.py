@@ -25,7 +25,7 @@ from server.certificates import new_authority, new_certificate
 from server.register import REGISTER_FILE, empty_register
 from shared.errors import ServerError
 from shared.files import flush_folder, private_folder, write_atomically, write_private
-from shared.signing import SIGNATURE_FILE, new_key, public_key_path
+from shared.protocol.signing import SIGNATURE_FILE, new_key, public_key_path
 
 DEFAULT_PORT = 9092
 CAMPAIGN_FILES = ("scenario.json", "policy.json", "start.safetensors", SIGNATURE_FILE)

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.folder import ServerFolder
 from shared.errors import ServerError
-from shared.flower_control import fleet_paths, pushed_by, speaks_for_itself
+from shared.flower.control import fleet_paths, pushed_by, speaks_for_itself
 from shared.impatience import Impatient
 
 MAX_BODY_BYTES = 16 * 2**20  # Flower cuts what is large into pieces of 5 MB; a bundle has at most 10 MB

@@ -6,9 +6,9 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from shared import wire
-from shared.adapter import Arrays
-from shared.policy import Policy
+from shared.heads.adapter import Arrays
+from shared.privacy.policy import Policy
+from shared.protocol import wire
 
 _T = TypeVar("_T")
 _ROUNDING = 1.001  # a device computes its norm in float32

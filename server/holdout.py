@@ -12,20 +12,20 @@ import numpy as np
 import torch
 
 from server.rounds import Score
-from shared.adapter import Arrays, load_shared, load_start, within_bound
 from shared.assets import resolve
-from shared.campaign import Campaign
 from shared.config import DataConfig, Scenario
 from shared.datasets import Record, choose_users, read
 from shared.datasets.folder import SUFFIXES, read_folder
 from shared.errors import DataError
-from shared.features import Features, cached_features
-from shared.head import Head
-from shared.model import Base, load_base
-from shared.pairs import join, joined_labels
-from shared.scoring import cross_entropy, pair_scores, response_scores, rmse, text_predictions
-from shared.tagging_metrics import score_tags
-from shared.tasks import TASKS, Labels, Scores, Targets
+from shared.heads.adapter import Arrays, load_shared, load_start, within_bound
+from shared.heads.head import Head
+from shared.heads.pairs import join, joined_labels
+from shared.heads.scoring import cross_entropy, pair_scores, response_scores, rmse, text_predictions
+from shared.heads.tasks import TASKS, Labels, Scores, Targets
+from shared.metrics.tagging import score_tags
+from shared.models.features import Features, cached_features
+from shared.models.model import Base, load_base
+from shared.protocol.campaign import Campaign
 
 _SAMPLE_SEED = 5
 MAX_RECORDS = 2_000  # by default; more digits than anybody decides by

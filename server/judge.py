@@ -11,8 +11,8 @@ from server.app import start_checkpoint
 from server.checkpoint import Checkpoint, newest_checkpoint
 from server.holdout import Examiner
 from server.rounds import Round, Score, append_round, descent, note_begun, read_rounds
-from shared.campaign import Campaign
 from shared.errors import CampaignError
+from shared.protocol.campaign import Campaign
 
 
 class NoGoError(CampaignError):

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shared.enrolment import check_public_key
 from shared.errors import ServerError
 from shared.files import locked_folder, write_private
+from shared.protocol.enrolment import check_public_key
 
 REGISTER_FILE = "devices.json"
 _FORMAT: Literal["sottovoce devices 1"] = "sottovoce devices 1"

@@ -11,8 +11,8 @@ from server.checkpoint import (
     save_checkpoint,
 )
 from server.rounds import last_begun
-from shared.campaign import Campaign
 from shared.errors import CampaignError
+from shared.protocol.campaign import Campaign
 
 
 def roll_back(campaign: Campaign, to_round: int) -> Checkpoint:

@@ -12,11 +12,11 @@ from server.aggregate import ring_sum
 from server.gate import check_stage
 from server.secure_sum import Collector
 from server.strategy import EqualWeights
-from shared import wire
-from shared.enrolment import check_device_signature
 from shared.errors import SecureSumError, VoidRoundError
-from shared.policy import SUM, num_values
-from shared.secure_sum import Advert, Credential, Parcels, Setting, Shares, signed_message
+from shared.privacy.policy import SUM, num_values
+from shared.protocol import wire
+from shared.protocol.enrolment import check_device_signature
+from shared.secure_sum.messages import Advert, Credential, Parcels, Setting, Shares, signed_message
 
 _T = TypeVar("_T")
 

@@ -11,10 +11,10 @@ from enum import IntEnum
 import numpy as np
 
 from shared.errors import SecureSumError
-from shared.masks import Words, load_key, own_mask, pair_mask, public_bytes
-from shared.secure_graph import make_graph
-from shared.secure_sum import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
-from shared.shamir import is_share, join
+from shared.secure_sum.graph import make_graph
+from shared.secure_sum.masks import Words, load_key, own_mask, pair_mask, public_bytes
+from shared.secure_sum.messages import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
+from shared.secure_sum.shamir import is_share, join
 
 
 class _Stage(IntEnum):

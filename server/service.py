@@ -20,13 +20,13 @@ from server.lock import alone
 from server.register import read_register
 from server.rollback import pass_over
 from server.superlink import SuperLink
-from shared.campaign import Campaign
 from shared.errors import CampaignError, ServerError, SottovoceError
 from shared.files import write_atomically
-from shared.flower import metered
-from shared.flower_control import Control, Node, key_bytes
-from shared.flower_tasks import Task, TaskError, Tasks
-from shared.secure_sum import Credential
+from shared.flower.control import Control, Node, key_bytes
+from shared.flower.grid import metered
+from shared.flower.tasks import Task, TaskError, Tasks
+from shared.protocol.campaign import Campaign
+from shared.secure_sum.messages import Credential
 
 _WATCH_S = 1.0
 _ATTEMPTS = 3  # of a round with too few good replies

@@ -18,8 +18,8 @@ from server.folder import ServerFolder
 from server.lock import is_served
 from server.register import read_register
 from server.rounds import Round, descent, read_rounds
-from shared.campaign import Campaign, read_campaign
 from shared.errors import SottovoceError
+from shared.protocol.campaign import Campaign, read_campaign
 
 _VOID = "VOID"  # under the rejected: a round of which nothing was used
 _BARS = "▁▂▃▄▅▆▇█"

@@ -24,14 +24,14 @@ from server.aggregate import (
 from server.checkpoint import Checkpoint, Counts
 from server.gate import RejectedReply, check_reply
 from server.robust import combine
-from shared import wire
-from shared.adapter import MAX_ABS_VALUE, Arrays, within_bound
-from shared.campaign import Campaign
-from shared.compatible import liars_among
 from shared.errors import CampaignError, SecureSumError, TooFewRepliesError, VoidRoundError
-from shared.flower import one_line
-from shared.noise import Randomness, SecureRandomness
-from shared.policy import SUM
+from shared.flower.grid import one_line
+from shared.heads.adapter import MAX_ABS_VALUE, Arrays, within_bound
+from shared.privacy.compatible import liars_among
+from shared.privacy.noise import Randomness, SecureRandomness
+from shared.privacy.policy import SUM
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign
 
 _SUMS = {"central": np.int64, "distributed": np.uint32}  # by trust: integers, in a ring; others are floats
 _FOR_EVER = ("BURNT", "CONFLICT", "ROUND")  # what a device says of a round whenever it is asked

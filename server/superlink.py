@@ -10,7 +10,7 @@ from pathlib import Path
 from server.folder import ServerFolder
 from shared.errors import ServerError
 from shared.files import private_folder
-from shared.processes import flower_environment, free_port, start, stop, trim
+from shared.flower.processes import flower_environment, free_port, start, stop, trim
 
 _START_S = 60.0
 

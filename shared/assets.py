@@ -15,7 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from shared.errors import AssetError
-from shared.gguf import ensure_converted
+from shared.models.gguf import ensure_converted
 from shared.progress import Progress, progress
 
 

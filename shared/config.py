@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from shared.datasets import READERS
 from shared.errors import ScenarioError
-from shared.metrics import METRICS
+from shared.metrics.ratings import METRICS
 from shared.registry import check_name
 
 # The outer bounds keep every product of settings within float32; no sensible value comes near them.

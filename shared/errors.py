@@ -74,7 +74,7 @@ class RefusedError(SottovoceError):
     """A device refuses a request; only the fixed ``code`` crosses the wire, never the text.
 
     Args:
-        code: One of ``shared.refusal.REFUSALS``.
+        code: One of ``shared.protocol.refusal.REFUSALS``.
     """
 
     def __init__(self, code: str) -> None:

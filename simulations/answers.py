@@ -11,22 +11,22 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from client.generation import Generator, spell
-from client.language import LanguageBase, open_lm_base
-from client.private_head import language_parts
-from client.site import resident_base
-from shared.adapter import load_shared
+from client.export.private_head import language_parts
+from client.runtime.generation import Generator, spell
+from client.runtime.language import LanguageBase, open_lm_base
+from client.training.site import resident_base
 from shared.config import Scenario
 from shared.datasets import Dataset, Record
 from shared.files import write_atomically
-from shared.head import CausalHead
-from shared.metrics import Interval
-from shared.model import Base
+from shared.heads.adapter import load_shared
+from shared.heads.head import CausalHead
+from shared.metrics.ratings import Interval
+from shared.metrics.text import TEXT_METRICS, Tokens, judge_named, over_answers, score_answers
+from shared.models.model import Base
 from shared.progress import track
-from shared.text_metrics import TEXT_METRICS, Tokens, judge_named, over_answers, score_answers
 from simulations.campaigns import Result
 from simulations.lamp import write_answers_of_row
-from simulations.observe_language import PROFILE, LanguageObserver
+from simulations.observe.language import PROFILE, LanguageObserver
 
 ANSWERS = "answers.json"
 _PAIRS = (("personal", "base"), ("personal", "federated"), ("federated", "base"))  # whose answers a judge compares
@@ -141,7 +141,7 @@ def _answer(
 
 def _generator(head: CausalHead, scenario: Scenario, base: Base, fleet: LanguageBase) -> Generator:
     """The runtime with the tensors the head holds."""
-    from client.export_lm import bound_arrays
+    from client.export.language_model import bound_arrays
 
     parts = language_parts(head, base, scenario)
     return bound_arrays(fleet, parts["lora"], scaling=parts["scaling"], prefix=parts["prefix"])

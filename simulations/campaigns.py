@@ -11,32 +11,32 @@ from typing import Any, Self
 
 import numpy as np
 
-from client.artifact import MIN_PROBES
-from client.device import kept_rounds
-from client.personalize import check_export, check_task
-from client.site import TextFeatures, open_site
-from client.soft_prompt import check_soft_export
+from client.export.soft_prompt import check_soft_export
+from client.personal.personalize import check_export, check_task
+from client.runtime.artifact import MIN_PROBES
+from client.training.device import kept_rounds
+from client.training.site import TextFeatures, open_site
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
-from shared import wire
-from shared.accounting import epsilon_by_participation
-from shared.adapter import Arrays, load_start, make_start, trained_slots
-from shared.calibration import make_policy
-from shared.campaign import Campaign, Resumed, read_campaign, write_campaign, write_resumed
-from shared.claims import Claim, claim_of
 from shared.config import Scenario
 from shared.datasets import Dataset
 from shared.errors import CampaignError, ScenarioError, SottovoceError
-from shared.flower import Metered, round_trip_bytes
-from shared.head import make_head
-from shared.model import Base
-from shared.noise import Randomness, SeededRandomness
-from shared.policy import Policy
+from shared.flower.grid import Metered, round_trip_bytes
+from shared.heads.adapter import Arrays, load_start, make_start, trained_slots
+from shared.heads.head import make_head
+from shared.models.model import Base
+from shared.privacy.accounting import epsilon_by_participation
+from shared.privacy.calibration import make_policy
+from shared.privacy.claims import Claim, claim_of
+from shared.privacy.noise import Randomness, SeededRandomness
+from shared.privacy.policy import Policy
 from shared.progress import progress, track
-from shared.secure_sum import Advert, Credential, Parcels, Roster, Shares, Survivors, Terms
-from shared.shamir import SHARE_BYTES
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign, Resumed, read_campaign, write_campaign, write_resumed
+from shared.secure_sum.messages import Advert, Credential, Parcels, Roster, Shares, Survivors, Terms
+from shared.secure_sum.shamir import SHARE_BYTES
 from simulations.journal import Journal
-from simulations.observe import Observer, make_observer
+from simulations.observe.observe import Observer, make_observer
 
 UNPROTECTED = "unprotected"  # name of the campaign that a membership attack is compared with
 # In a simulation nobody goes offline: such a reply is a fault, and a run with faults must not look finished.

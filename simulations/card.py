@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from shared.audits import FILE
-from shared.card_sources import POLICY, SUMMARY, Place, Sources, campaign_files, gather
+from shared.card.sources import POLICY, SUMMARY, Place, Sources, campaign_files, gather
 from shared.errors import DataError, PrivacyError
-from shared.policy import read_policy
-from shared.signing import policy_sha256 as hash_policy
-from simulations.results import read_run
+from shared.privacy.policy import read_policy
+from shared.protocol.audits import FILE
+from shared.protocol.signing import policy_sha256 as hash_policy
+from simulations.report.results import read_run
 
 
 def folder_sources(

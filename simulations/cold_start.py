@@ -6,15 +6,15 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from client.site import TextFeatures, resident_dataset
-from shared.adapter import Arrays, load_start
+from client.training.site import TextFeatures, resident_dataset
 from shared.config import Scenario
 from shared.datasets import Dataset
-from shared.metrics import Interval
-from shared.model import Base
+from shared.heads.adapter import Arrays, load_start
+from shared.metrics.ratings import Interval
+from shared.models.model import Base
 from shared.progress import track
 from simulations.campaigns import Result
-from simulations.observe import Observer, make_observer
+from simulations.observe.observe import Observer, make_observer
 from simulations.score import mean_over_seeds
 
 PARTICIPANTS, SET_ASIDE = "participants", "set_aside"  # whose curve: the run's users; those who took part in nothing

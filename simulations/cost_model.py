@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from shared import wire
-from shared.accounting import calibrate_noise
-from shared.calibration import share_noise
 from shared.config import Scenario
 from shared.errors import PrivacyError
-from shared.flower import round_trip_bytes
-from shared.noise import GRID_SIGMA
-from shared.policy import SUM, SecureSum
+from shared.flower.grid import round_trip_bytes
+from shared.privacy.accounting import calibrate_noise
+from shared.privacy.calibration import share_noise
+from shared.privacy.noise import GRID_SIGMA
+from shared.privacy.policy import SUM, SecureSum
+from shared.protocol import wire
 from simulations.campaigns import stage_bodies
 
 _POLICY = "0" * 64

@@ -3,14 +3,14 @@
 import json
 from typing import Any
 
-from client.site import campaign_dataset, resident_base, use_threads
+from client.training.site import campaign_dataset, resident_base, use_threads
 from shared.assets import resolve
 from shared.config import Scenario
 from shared.datasets import Dataset
 from simulations.campaigns import Plan, exported_users, plan_campaigns, plan_unprotected
-from simulations.dp_statistics import applies, promise
 from simulations.fairness import check_groups
 from simulations.lamp import check_labels
+from simulations.observe.dp_statistics import applies, promise
 
 
 def describe(scenario: Scenario, *, quiet: bool = False) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from shared.config import Scenario
 from shared.datasets import Dataset, UserData
 from shared.errors import ScenarioError
-from shared.metrics import Interval, draw_users, interval, worst_decile
+from shared.metrics.ratings import Interval, draw_users, interval, worst_decile
 
 MIN_GROUP = 20  # users; fewer are merged into OTHER
 OTHER = "small groups together"

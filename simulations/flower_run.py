@@ -26,7 +26,7 @@ from shared.assets import resolve
 from shared.config import Scenario, load_scenario
 from shared.datasets import choose_users, read
 from shared.errors import CampaignError, ScenarioError
-from shared.processes import PROGRAMS, die_with_parent, flower_environment, free_port, running
+from shared.flower.processes import PROGRAMS, die_with_parent, flower_environment, free_port, running
 
 ROOT = Path(__file__).parent.parent
 LOG_NAME = "flwr.log"

@@ -10,19 +10,19 @@ from typing import Any, cast
 
 import platformdirs
 
-from client.export import export_head
-from client.export_fleet import export_fleet
-from client.private_head import encoder_parts, language_parts
-from shared.adapter import load_shared
+from client.export.encoder import export_head
+from client.export.fleet import export_fleet
+from client.export.private_head import encoder_parts, language_parts
 from shared.config import Scenario
 from shared.datasets import Dataset
-from shared.head import Head
-from shared.model import Base
+from shared.heads.adapter import load_shared
+from shared.heads.head import Head
+from shared.models.model import Base
 from shared.progress import progress
 from simulations.campaigns import Result
-from simulations.observe import RatingObserver
-from simulations.observe_language import LanguageObserver
-from simulations.observe_tagging import TaggingObserver
+from simulations.observe.language import LanguageObserver
+from simulations.observe.observe import RatingObserver
+from simulations.observe.tagging import TaggingObserver
 
 _PROBES = 32
 
@@ -89,7 +89,7 @@ def _export_language(
     result: Result, users: Sequence[int], base: Base, dataset: Dataset, *, folder: Path, quiet: bool
 ) -> dict[str, Any]:
     """Heads of task ``generation``: the whole LoRA of each user, private where the personal method adapts it."""
-    from client.export_lm import export_lm_head
+    from client.export.language_model import export_lm_head
 
     scenario, observer = result.plan.scenario, cast(LanguageObserver, result.observer)
     head = observer.head

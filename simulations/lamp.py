@@ -16,7 +16,7 @@ from shared.config import Scenario
 from shared.datasets import Dataset, Record, read
 from shared.datasets.lamp import PUBLIC, question_labels
 from shared.errors import DataError, ScenarioError
-from shared.lamp import HIGH, LOW, Answers, write_answers
+from shared.metrics.lamp import HIGH, LOW, Answers, write_answers
 
 PREDICTIONS = "predictions.json"
 TAGS = ("loved", "fine", "disliked")

@@ -4,19 +4,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from client.conditions import CONDITIONS
-from client.personalize import PERSONAL_METHODS, PersonalMethod
+from client.personal.personalize import PERSONAL_METHODS, PersonalMethod
+from client.service.conditions import CONDITIONS
 from server.robust import AGGREGATORS
 from shared.config import TaskConfig
 from shared.datasets import READERS
 from shared.errors import ScenarioError
-from shared.language_metrics import LANGUAGE_METRICS, NEXT_UTTERANCE
-from shared.lora import FEDERATION_METHODS, TECHNIQUES, FederationMethod
-from shared.metrics import METRICS
-from shared.model import FAMILIES, Family
-from shared.preference_metrics import PREFERENCE_METRICS
+from shared.heads.lora import FEDERATION_METHODS, TECHNIQUES, FederationMethod
+from shared.metrics.language import LANGUAGE_METRICS, NEXT_UTTERANCE
+from shared.metrics.preference import PREFERENCE_METRICS
+from shared.metrics.ratings import METRICS
+from shared.metrics.text import JUDGES, TEXT_METRICS
+from shared.models.model import FAMILIES, Family
 from shared.registry import BUILT_IN, describe, lookup, names, origin
-from shared.text_metrics import JUDGES, TEXT_METRICS
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 TASKS = {  # what each is; which there are, TaskConfig says

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.site import TextFeatures, resident_dataset
-from shared.adapter import load_start
+from client.training.site import TextFeatures, resident_dataset
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, UserData, hold_out
 from shared.errors import DataError
-from shared.metrics import Interval, draw_users
-from shared.model import Base
+from shared.heads.adapter import load_start
+from shared.heads.tasks import teaches
+from shared.metrics.ratings import Interval, draw_users
+from shared.models.model import Base
 from shared.progress import track
-from shared.tasks import teaches
 from simulations.audit.bounds import auc, tpr_at_fpr
 from simulations.campaigns import Result
-from simulations.observe import make_observer
+from simulations.observe.observe import make_observer
 from simulations.score import mean_over_seeds
 
 FPR = 0.01

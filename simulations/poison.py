@@ -13,20 +13,20 @@ from statistics import NormalDist
 import numpy as np
 from flwr.app import Context, Message
 
-from client.contribution import contribute
-from client.site import Site, TextFeatures, accepted_campaign, open_site
-from client.train import train_shared
-from shared import wire
-from shared.adapter import Arrays, forget_device
-from shared.campaign import Campaign
-from shared.clipping import clip_by_norm
+from client.training.contribution import contribute
+from client.training.site import Site, TextFeatures, accepted_campaign, open_site
+from client.training.train import train_shared
 from shared.config import Scenario, TaskConfig
 from shared.datasets import Dataset, Record
-from shared.features import Features
-from shared.flower import Device
-from shared.noise import Randomness, SeededRandomness, seeded_generator
-from shared.policy import SUM
-from shared.tasks import Scores, Targets
+from shared.flower.grid import Device
+from shared.heads.adapter import Arrays, forget_device
+from shared.heads.tasks import Scores, Targets
+from shared.models.features import Features
+from shared.privacy.clipping import clip_by_norm
+from shared.privacy.noise import Randomness, SeededRandomness, seeded_generator
+from shared.privacy.policy import SUM
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign
 
 _FELLOWS = 32  # liars whose changes are put together for a guess at everybody's
 _MOST = 2**31 - 1  # an honest sum of contributions stays below it

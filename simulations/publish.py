@@ -13,17 +13,17 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.site import resident_base, resident_dataset, use_threads
-from shared.accounting import MAX_EPSILON, epsilon
+from client.training.site import resident_base, resident_dataset, use_threads
 from shared.assets import resolve
-from shared.campaign import Campaign, check_promise, verify_campaign, write_campaign
-from shared.claims import TRUST, claim_of
 from shared.config import Scenario
 from shared.datasets import Dataset, UserData
 from shared.errors import PrivacyError, ScenarioError
-from shared.policy import Policy
-from shared.promise import check_price
-from shared.signing import fingerprint, sign_policy, signed_by
+from shared.privacy.accounting import MAX_EPSILON, epsilon
+from shared.privacy.claims import TRUST, claim_of
+from shared.privacy.policy import Policy
+from shared.privacy.promise import check_price
+from shared.protocol.campaign import Campaign, check_promise, verify_campaign, write_campaign
+from shared.protocol.signing import fingerprint, sign_policy, signed_by
 from simulations.campaigns import bytes_per_client_round, plan_campaigns
 
 _MOST_CLIENTS = 10_000_000

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.site import TextFeatures
-from shared.adapter import load_start
+from client.training.site import TextFeatures
 from shared.config import PoisonConfig, Scenario
 from shared.datasets import Dataset
-from shared.metrics import Interval, draw_users
-from shared.model import Base
-from shared.policy import Policy
+from shared.heads.adapter import load_start
+from shared.metrics.ratings import Interval, draw_users
+from shared.models.model import Base
+from shared.privacy.policy import Policy
 from shared.progress import track
 from simulations.campaigns import Plan, Result, plan_again
-from simulations.observe import Observer, RatingObserver, make_observer
+from simulations.observe.observe import Observer, RatingObserver, make_observer
 from simulations.poison import liars, triggered
 from simulations.score import mean_over_seeds
 

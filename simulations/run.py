@@ -16,15 +16,14 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from client.app import app as client_app
-from client.site import campaign_dataset, resident_base, use_threads
+from client.training.site import campaign_dataset, resident_base, use_threads
 from shared.assets import resolve
 from shared.config import Scenario
 from shared.datasets import Dataset
 from shared.errors import ScenarioError
-from shared.flower import Metered, metered, run_inline, seats
-from shared.model import Base
-from shared.ray_engine import run_ray
-from simulations.bench_about import commit
+from shared.flower.grid import Metered, metered, run_inline, seats
+from shared.flower.ray_engine import run_ray
+from shared.models.model import Base
 from simulations.campaigns import (
     Opened,
     Plan,
@@ -47,6 +46,7 @@ from simulations.folder import (
 )
 from simulations.journal import Journal
 from simulations.lamp import check_labels
+from simulations.machine import commit
 from simulations.membership import attack_membership
 from simulations.poison import with_liars
 from simulations.robustness import measure_poison, plan_rivals
@@ -126,7 +126,7 @@ def simulate(
         summary["resumed"] = resumed
         summary["cost"]["wall_s"] = time.perf_counter() - started
         write_json(out / "summary.json", summary)
-        from simulations.report import write_report
+        from simulations.report.report import write_report
 
         write_report(out)
         return summary

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from shared.accounting import epsilon_together
 from shared.config import Scenario
 from shared.datasets import Dataset
-from shared.metrics import Interval
+from shared.metrics.ratings import Interval
+from shared.privacy.accounting import epsilon_together
 from shared.progress import track
 from simulations.campaigns import Plan, Result
-from simulations.dp_statistics import Promise, promise, sensitivity
 from simulations.fairness import measure_fairness
 from simulations.folder import write_json
 from simulations.lamp import write_predictions
-from simulations.observe_ranking import RankingObserver
+from simulations.observe.dp_statistics import Promise, promise, sensitivity
+from simulations.observe.ranking import RankingObserver
 
 SCHEMA = 2
 _COMPARED = (

@@ -15,8 +15,8 @@ import shared
 import simulations
 
 if TYPE_CHECKING:
-    from client.generation import Generator
-    from client.runtime import PersonalHead
+    from client.runtime.generation import Generator
+    from client.runtime.runtime import PersonalHead
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "open_generator", "open_head", "simulate"]
@@ -62,7 +62,7 @@ def open_head(folder: str | Path, *, base: str | Path | None = None) -> "Persona
     Raises:
         shared.errors.HeadError: The head is damaged, incomplete or made for another base.
     """
-    from client.runtime import open_head as open_
+    from client.runtime.runtime import open_head as open_
 
     return open_(Path(folder), base=None if base is None else Path(base))
 
@@ -73,6 +73,6 @@ def open_generator(folder: str | Path, *, base: str | Path | None = None) -> "Ge
     Raises:
         shared.errors.HeadError: The head is damaged, incomplete or made for another base.
     """
-    from client.generation import open_generator as open_
+    from client.runtime.generation import open_generator as open_
 
     return open_(Path(folder), base=None if base is None else Path(base))

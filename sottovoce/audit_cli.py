@@ -74,7 +74,7 @@ def _audit(options: argparse.Namespace) -> int:
         if not options.json:
             print(f"audit: {path.resolve()}")
     if (source / "summary.json").is_file():
-        from simulations.report import write_report
+        from simulations.report.report import write_report
 
         write_report(source)
     return 0 if audit.passed else 1

@@ -42,10 +42,10 @@ def _base(options: argparse.Namespace) -> int:
     server = None if options.key and Path(options.campaign).is_dir() else opened_server(options)
     named = server.campaigns / options.campaign if server else None
     folder = named if named and named.is_dir() else Path(options.campaign)
-    from client.export_fleet import export_campaign_base  # loads torch
-    from client.private_head import PROBES
-    from shared.campaign import verify_campaign
-    from shared.signing import fingerprint, load_private
+    from client.export.fleet import export_campaign_base  # loads torch
+    from client.export.private_head import PROBES
+    from shared.protocol.campaign import verify_campaign
+    from shared.protocol.signing import fingerprint, load_private
 
     key = load_private(options.key or server.operator_key)  # type: ignore[union-attr]
     manifest = export_campaign_base(

@@ -1,10 +1,10 @@
-"""The commands ``card`` and ``server card``; an owner's is in ``client/card.py``."""
+"""The commands ``card`` and ``server card``; an owner's is in ``client/owner/card.py``."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.card_cli import add_output, write
+from shared.card.options import add_output, write
 from sottovoce.server_place import add_server_folder, opened_server
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def add_server_card(actions: "Subparsers") -> None:
 
 def _card(options: argparse.Namespace) -> int:
     if options.check:
-        from shared.card import check_card
-        from shared.card_cells import cells
+        from shared.card.card import check_card
+        from shared.card.cells import cells
 
         card = check_card(options.folder)
         count = sum(1 for _ in cells({key: value for key, value in card.items() if key != "schema"}))

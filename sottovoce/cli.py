@@ -143,7 +143,7 @@ def _simulate(options: argparse.Namespace) -> int:
         plan = describe(scenario, quiet=options.quiet)
         print(json.dumps(plan, indent=2) if options.json else "\n".join(lines(plan)))
         return 0
-    from simulations.report import headline
+    from simulations.report.report import headline
     from simulations.run import simulate
 
     out = options.resume or options.out or Path("runs") / f"{scenario.name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -209,7 +209,7 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _report(options: argparse.Namespace) -> int:
     if len(options.folders) > 1:
         return _compare(options)
-    from simulations.report import headline, write_report
+    from simulations.report.report import headline, write_report
 
     [folder] = options.folders
     if options.out is not None:
@@ -231,7 +231,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from simulations.compare import as_json, lines, read_runs, write_comparison
+    from simulations.report.compare import as_json, lines, read_runs, write_comparison
 
     comparison = read_runs(options.folders)
     out = options.out or options.folders[0].resolve().parent / "comparison.html"
@@ -304,7 +304,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _bench_all(options: argparse.Namespace) -> int:
-    from simulations.bench_all import measure_all
+    from simulations.bench.all import measure_all
 
     chosen = options.only or list(_BENCHMARKS)
     if options.list:
@@ -320,7 +320,7 @@ def _at_least_one(text: str) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    benchmark = importlib.import_module(f"simulations.bench_{options.kind.replace('-', '_')}")
+    benchmark = importlib.import_module(f"simulations.bench.{options.kind.replace('-', '_')}")
     sizes = {"users": options.users} if getattr(options, "users", None) else {}
     measured = benchmark.measure(rounds=options.rounds, quiet=options.quiet, **sizes)
     print(json.dumps(measured, indent=2) if options.json else "\n".join(benchmark.lines(measured)))

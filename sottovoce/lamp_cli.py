@@ -61,7 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _score(options: argparse.Namespace) -> int:
-    from shared.lamp import read_answers, score
+    from shared.metrics.lamp import read_answers, score
 
     labels = [label.strip() for label in options.labels.split(",") if label.strip()]
     gold = read_answers(options.golds)

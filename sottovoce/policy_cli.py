@@ -150,7 +150,7 @@ def _new(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from shared.campaign import read_campaign
+    from shared.protocol.campaign import read_campaign
     from simulations.publish import constant_lines, describe, lines
 
     found = describe(read_campaign(options.folder))
@@ -159,7 +159,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _key(options: argparse.Namespace) -> int:
-    from shared.signing import fingerprint, new_key, public_key_path
+    from shared.protocol.signing import fingerprint, new_key, public_key_path
 
     public = new_key(options.file)
     print(f"private key: {options.file} (keep it secret)\npublic key: {public_key_path(options.file)}")
@@ -168,7 +168,7 @@ def _key(options: argparse.Namespace) -> int:
 
 
 def _sign(options: argparse.Namespace) -> int:
-    from shared.signing import fingerprint, load_private
+    from shared.protocol.signing import fingerprint, load_private
 
     key = load_private(options.key)
     from simulations.publish import sign_campaign
@@ -179,10 +179,10 @@ def _sign(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from shared.signing import fingerprint, load_public
+    from shared.protocol.signing import fingerprint, load_public
 
     trusted = load_public(options.key)
-    from shared.campaign import verify_campaign
+    from shared.protocol.campaign import verify_campaign
     from simulations.publish import checked_lines
 
     campaign = verify_campaign(options.folder, trusted=trusted)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from server.folder import add_invitation
 from shared.errors import ServerError
 from shared.files import flush_folder
-from shared.signing import fingerprint, load_private
+from shared.protocol.signing import fingerprint, load_private
 from simulations.publish import describe, lines, publish, sign_campaign
 
 if TYPE_CHECKING:

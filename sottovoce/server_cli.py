@@ -105,7 +105,7 @@ def _init(options: argparse.Namespace) -> int:
 
 def _create(folder: Path, options: argparse.Namespace) -> list[str]:
     from server.folder import DEFAULT_PORT, create_server
-    from shared.signing import fingerprint, load_public
+    from shared.protocol.signing import fingerprint, load_public
 
     port = DEFAULT_PORT if options.port is None else options.port
     server = create_server(folder, address=options.address, port=port)

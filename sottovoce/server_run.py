@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from server.folder import ServerFolder
     from server.judge import Judge
     from server.rounds import Round
-    from shared.campaign import Campaign
+    from shared.protocol.campaign import Campaign
 
 
 def find_campaign(server: "ServerFolder", what: str | None) -> "Campaign":
@@ -24,10 +24,10 @@ def find_campaign(server: "ServerFolder", what: str | None) -> "Campaign":
         ServerError: There is none, or several; or the scenario's file is not the one that was published.
         SottovoceError: The campaign is damaged, or not signed by this server's operator.
     """
-    from shared.campaign import verify_campaign
     from shared.config import load_scenario
-    from shared.policy import hash_settings
-    from shared.signing import load_public
+    from shared.privacy.policy import hash_settings
+    from shared.protocol.campaign import verify_campaign
+    from shared.protocol.signing import load_public
 
     known = sorted(path.name for path in server.campaigns.iterdir() if (path / "policy.json").is_file())
     scenario = load_scenario(Path(what)) if what and Path(what).is_file() else None

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shared.audits import Audit, LevelResult, hash_code
-from shared.policy import Policy
+from shared.privacy.policy import Policy
+from shared.protocol.audits import Audit, LevelResult, hash_code
 
 CREATED = datetime(2030, 5, 2, 9, tzinfo=UTC)
 NO_POWER = "No power at the claimed epsilon 8: no fault in the table would have been seen."
@@ -80,7 +80,7 @@ def run_folder(folder: Path, campaign: Path, invented: Any) -> Path:
         (run / "campaigns" / name / "policy.sig").unlink(missing_ok=True)
     altered = run / "campaigns" / "tiny-linear" / "policy.json"
     altered.write_text(altered.read_text().replace('"rounds": ', '"rounds": 1'))
-    from shared.signing import policy_sha256
+    from shared.protocol.signing import policy_sha256
 
     summary["privacy"]["policy_sha256"] = policy_sha256(run / "campaigns" / "tiny")
     (run / "summary.json").write_text(json.dumps(summary))

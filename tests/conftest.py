@@ -14,7 +14,7 @@ from typing import Any
 import platformdirs
 import pytest
 
-from shared.model import Base
+from shared.models.model import Base
 
 
 @pytest.fixture(scope="session")
@@ -38,22 +38,22 @@ def tiny_texts() -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_graph(tiny_base):
     """The traced graph of ``tiny_base`` for up to 48 tokens; made once because tracing takes seconds."""
-    import client.graph
+    import client.export.graph
 
-    return client.graph._trace(client.graph.PooledBase(tiny_base), max_tokens=48)
+    return client.export.graph._trace(client.export.graph.PooledBase(tiny_base), max_tokens=48)
 
 
 @pytest.fixture(scope="session")
 def tiny_fleet(tiny_base, tiny_graph, tiny_texts, tmp_path_factory) -> Path:
     """The exported ``tiny_base``, slots in both blocks; its siblings are free for heads. Read only."""
-    import client.export
-    import client.graph
+    import client.export.encoder
+    import client.export.graph
     from shared.config import TaskConfig
 
     folder = tmp_path_factory.mktemp("fleet") / "base"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
-        client.export.export_base(
+        patch.setattr(client.export.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
+        client.export.encoder.export_base(
             tiny_base,
             folder,
             blocks=[0, 1],
@@ -80,7 +80,7 @@ def tiny_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_lm_fleet(tiny_llama, tiny_texts, tmp_path_factory) -> Path:
     """The exported ``tiny_llama``, slots in both blocks; its siblings are free for heads. Read only."""
-    from client.export_lm import export_lm_base
+    from client.export.language_model import export_lm_base
 
     folder = tmp_path_factory.mktemp("lm-fleet") / "base"
     export_lm_base(
@@ -195,7 +195,7 @@ def crash_at_each_step(tmp_path) -> Callable[[Path, str], list[Path]]:
         script = f"""
 import os, shutil, signal, sys
 from pathlib import Path
-import client.sealed_heads, client.store, client.vault
+import client.home.sealed_heads, client.home.store, client.vault.vault
 
 def step(call):
     def counted(*args, **kwargs):
@@ -327,7 +327,7 @@ def steps():
 @pytest.fixture(scope="session")
 def tiny_causal(tiny_llama) -> Base:
     """The base of ``tiny_llama``."""
-    from shared.model import load_base
+    from shared.models.model import load_base
 
     return load_base(tiny_llama)
 

@@ -17,12 +17,12 @@ from safetensors.numpy import save
 
 import server.strategy
 from client.app import answer
-from client.device import OwnedDevice
-from client.home import Home, open_home
-from shared import wire
-from shared.campaign import Campaign
-from shared.flower import InlineGrid
-from shared.noise import SeededRandomness
+from client.home.home import Home, open_home
+from client.training.device import OwnedDevice
+from shared.flower.grid import InlineGrid
+from shared.privacy.noise import SeededRandomness
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign
 
 CUTS = ("spend", "records", "release", "sent")  # before it spends, reads, notes what it sends; after that
 Replies = list[Message]

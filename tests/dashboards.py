@@ -14,14 +14,14 @@ from typing import Any
 
 import httpx
 
-from client.artifact import sign_folder
-from client.beside import Beside
-from client.dashboard import build_page
-from client.home import Home, create_home
-from client.page_guard import Session
-from client.private_head import personalize
-from client.serve import bind, server
-from shared.signing import fingerprint
+from client.dashboard.beside import Beside
+from client.dashboard.guard import Session
+from client.dashboard.server import build_page
+from client.export.private_head import personalize
+from client.home.home import Home, create_home
+from client.runtime.artifact import sign_folder
+from client.serve.server import bind, server
+from shared.protocol.signing import fingerprint
 
 
 def lived_in(folder: Path, homes: Any, published: SimpleNamespace, *, base: Path, heads: int = 2) -> Home:

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import client.app
-import client.executor
-import client.supernode
-from client.device import OwnedDevice
-from client.optimizer import PolicyOptimizer
-from shared.noise import SeededRandomness
+import client.service.executor
+import client.service.supernode
+from client.training.device import OwnedDevice
+from client.training.optimizer import PolicyOptimizer
+from shared.privacy.noise import SeededRandomness
 from sottovoce.cli import main
 
 
@@ -49,7 +49,7 @@ def draw_from_seeds(seed: int, campaign: str, seat: int) -> None:
     def answer_for(home):
         return partial(client.app.answer, find=lambda _: OwnedDevice(home, randomness=randomness))
 
-    client.executor.answer_for = answer_for
+    client.service.executor.answer_for = answer_for
 
 
 if __name__ == "__main__":
@@ -58,5 +58,5 @@ if __name__ == "__main__":
     if seed != "-":
         draw_from_seeds(int(seed), campaign, int(seat))
     if "WRONG_CLOCK" in os.environ:  # it is the whole device's
-        client.supernode._KEPT += ("LD_PRELOAD", "WRONG_CLOCK")
+        client.service.supernode._KEPT += ("LD_PRELOAD", "WRONG_CLOCK")
     sys.exit(main(["client", "join", invitation, "--home", home, "--nice", "0"]))

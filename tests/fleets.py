@@ -14,15 +14,15 @@ from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redi
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from client.home import open_home
+from client.home.home import open_home
 from server.checkpoint import Checkpoint, checkpoint_path, last_checkpoint, load_checkpoint
 from server.rounds import Round, read_rounds
-from shared.campaign import read_campaign
 from shared.config import load_scenario
 from shared.datasets import read
-from shared.processes import PROGRAMS, free_port, start, stop
-from simulations import loopback
-from simulations.loopback import Fleet, live, make_fleet, server_command
+from shared.flower.processes import PROGRAMS, free_port, start, stop
+from shared.protocol.campaign import read_campaign
+from simulations.bench import loopback
+from simulations.bench.loopback import Fleet, live, make_fleet, server_command
 
 TESTS = Path(__file__).parent
 SEED = 7
@@ -195,7 +195,7 @@ class Playing:
 
     def service(self, device: int) -> dict | None:
         """What a device's service says of itself."""
-        from client.control import control_client
+        from client.service.control import control_client
         from shared.errors import StoreError
 
         try:

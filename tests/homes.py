@@ -9,15 +9,15 @@ from types import SimpleNamespace
 from flwr.app import Message
 
 from client.app import app as client_app
-from client.artifact import sign_folder
-from client.consent import agree
-from client.home import Home, create_home
-from client.site import resident_base, resident_dataset
-from shared import wire
-from shared.campaign import Campaign, write_campaign
+from client.home.home import Home, create_home
+from client.owner.consent import agree
+from client.runtime.artifact import sign_folder
+from client.training.site import resident_base, resident_dataset
 from shared.config import load_scenario
-from shared.flower import InlineGrid
-from shared.signing import load_private, load_public, new_key, sign_policy
+from shared.flower.grid import InlineGrid
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign, write_campaign
+from shared.protocol.signing import load_private, load_public, new_key, sign_policy
 from simulations.campaigns import plan_campaigns
 
 UNTIL = date(2099, 1, 1)

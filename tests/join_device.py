@@ -7,8 +7,8 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from client.home import open_home
-from client.join import join, read_invitation
+from client.home.home import open_home
+from client.service.join import join, read_invitation
 
 calls = 0
 

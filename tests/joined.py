@@ -14,8 +14,8 @@ from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.supercore.fab import Fab
 
-from client.control import control_client
-from shared.flower_control import _BUNDLE
+from client.service.control import control_client
+from shared.flower.control import _BUNDLE
 
 ROOT = Path(__file__).parent.parent
 _WAIT_S = 90.0

@@ -6,8 +6,8 @@ import sys
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-from client.ledger import create_ledger, open_ledger, recover_ledger
-from client.ledger_schema import _SCHEMA_1
+from client.ledger.ledger import create_ledger, open_ledger, recover_ledger
+from client.ledger.schema import _SCHEMA_1
 from shared.errors import StoreError
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)

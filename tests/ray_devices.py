@@ -10,7 +10,7 @@ from functools import lru_cache
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from shared.flower import answer_seat, in_simulation
+from shared.flower.grid import answer_seat, in_simulation
 
 app = ClientApp()
 app.query("seat")(answer_seat)

@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from client.secure_sum import Participant
+from client.training.secure_sum import Participant
 from server.secure_sum import Collector
 from shared.errors import SecureSumError
-from shared.secure_sum import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
+from shared.secure_sum.messages import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
 
 POLICY = "ab" * 32
 

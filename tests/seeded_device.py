@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from client.app import answer
-from client.device import OwnedDevice
-from client.home import open_home
-from client.join import join, read_invitation
-from shared.noise import SeededRandomness
+from client.home.home import open_home
+from client.service.join import join, read_invitation
+from client.training.device import OwnedDevice
+from shared.privacy.noise import SeededRandomness
 
 
 def main(home_folder: str, invitation: str, seed: str, campaign: str, seat: str) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from server.folder import open_server
 from server.service import serve
-from shared.campaign import verify_campaign
-from shared.signing import load_public
+from shared.protocol.campaign import verify_campaign
+from shared.protocol.signing import load_public
 
 
 def main(folder: str, campaign: str) -> None:

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-import client.optimizer
-from client.optimizer import PolicyOptimizer
-from client.train import make_trainable, train_shared
-from shared.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
+import client.training.optimizer
+from client.training.optimizer import PolicyOptimizer
+from client.training.train import make_trainable, train_shared
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, PersonaConfig, Scenario, TaskConfig
-from shared.features import Features, compute_hidden
-from shared.head import Head, make_head
-from shared.model import Base
-from shared.noise import GRID_SIGMA
-from shared.policy import Policy
-from shared.tasks import Labels, Scores, encode_dialogues
+from shared.heads.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
+from shared.heads.head import Head, make_head
+from shared.heads.tasks import Labels, Scores, encode_dialogues
+from shared.models.features import Features, compute_hidden
+from shared.models.model import Base
+from shared.privacy.noise import GRID_SIGMA
+from shared.privacy.policy import Policy
 
 PAIRS = (
     ("how are you ?", "i am well ."),
@@ -190,7 +190,7 @@ class Sums:
 
     def __init__(self, monkeypatch) -> None:
         self.per_sample, self.of_step, self.clip_norms = [], [], []
-        real = client.optimizer.clipped_sum
+        real = client.training.optimizer.clipped_sum
 
         def watched(per_sample, *, clip_norm, grid):
             found = real(per_sample, clip_norm=clip_norm, grid=grid)
@@ -199,9 +199,9 @@ class Sums:
             self.clip_norms.append(clip_norm)
             return found
 
-        monkeypatch.setattr(client.optimizer, "clipped_sum", watched)
+        monkeypatch.setattr(client.training.optimizer, "clipped_sum", watched)
 
 
 def use(monkeypatch, optimizer: type[PolicyOptimizer]) -> None:
     """Train with another optimizer."""
-    monkeypatch.setattr("client.optimizer.PolicyOptimizer", optimizer)
+    monkeypatch.setattr("client.training.optimizer.PolicyOptimizer", optimizer)

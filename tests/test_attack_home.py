@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from client import consent, forget, ledger_log, ledger_schema, owner
-from client.home import Home, create_home, open_home
-from client.keystore import DATA_KEY
-from client.ledger import Ledger
-from client.store import RecordStore
+from client.home.home import Home, create_home, open_home
+from client.home.store import RecordStore
+from client.ledger import log as ledger_log
+from client.ledger import schema as ledger_schema
+from client.ledger.ledger import Ledger
+from client.owner import consent, forget, owner
+from client.vault.keystore import DATA_KEY
 from shared.datasets.records import Record
 from shared.errors import CampaignError, LedgerError, StoreError
 from sottovoce.cli import main
@@ -45,7 +47,7 @@ def test_an_init_killed_at_any_step_can_be_run_again_or_has_made_a_home(tmp_path
     (tmp_path / "empty").mkdir()
     copies = crash_at_each_step(
         tmp_path / "empty",
-        "import client.owner; client.owner.begin(home, keystore='file', cap_epsilon=16.0, cap_delta=1e-3)",
+        "import client.owner.owner; client.owner.owner.begin(home, keystore='file', cap_epsilon=16.0, cap_delta=1e-3)",
     )
     assert len(copies) > 20
     for folder in copies:

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
-from client.consent import agree
-from client.device import OwnedDevice
+from client.home.store import RecordStore
 from client.log import describe_error, note
-from client.store import RecordStore
-from shared import wire
-from shared.accounting import epsilon
-from shared.campaign import read_campaign
+from client.owner.consent import agree
+from client.training.device import OwnedDevice
 from shared.datasets import Record
 from shared.errors import CampaignError, PrivacyError
-from shared.noise import GRID_SIGMA, SecureRandomness
-from shared.signing import load_private, sign_policy
-from shared.tasks import IGNORE, encode_dialogues
+from shared.heads.tasks import IGNORE, encode_dialogues
+from shared.privacy.accounting import epsilon
+from shared.privacy.noise import GRID_SIGMA, SecureRandomness
+from shared.protocol import wire
+from shared.protocol.campaign import read_campaign
+from shared.protocol.signing import load_private, sign_policy
 
 EXTRA = ("Jaws (1975). Action, Horror, Thriller", "War " * 30)
 
@@ -55,7 +55,7 @@ def test_no_setting_lets_one_record_move_the_others(
     homes, tiny_world, tiny_texts, steps, tmp_path, monkeypatch, batched
 ):
     """With a scaling of 1000, texts in one batch round each other off: one record moved the sum by three times C."""
-    monkeypatch.setattr("client.device.SecureRandomness", steps.Silent)
+    monkeypatch.setattr("client.training.device.SecureRandomness", steps.Silent)
     if batched:
         monkeypatch.setattr(OwnedDevice, "micro_batch", lambda *_: 1024)
     targets = 'adapter.targets=["attention.self.query", "attention.self.key"]'
@@ -69,7 +69,7 @@ def test_no_setting_lets_one_record_move_the_others(
 
 def test_a_text_the_base_cannot_take_counts_as_zero_and_tells_nothing(homes, tiny_world, steps, tmp_path, monkeypatch):
     """Beyond the base's 128 positions: a code, or a burnt round, would say that such a record is there."""
-    monkeypatch.setattr("client.device.SecureRandomness", steps.Silent)
+    monkeypatch.setattr("client.training.device.SecureRandomness", steps.Silent)
     published = published_with(homes, tiny_world, tmp_path / "p", "model.max_tokens=300")
     records = published.dataset.users[0].train
     too_long = Record("word " * 400, 5.0, "x", 1)
@@ -206,7 +206,7 @@ def test_a_device_runs_the_mechanism_that_is_priced(homes, tiny_world, tmp_path,
             drawn.append(("noise", noise.copy(), count))
             return noise
 
-    monkeypatch.setattr("client.device.SecureRandomness", Watched)
+    monkeypatch.setattr("client.training.device.SecureRandomness", Watched)
     published = published_with(
         homes,
         tiny_world,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shared.accounting import epsilon
 from shared.errors import PrivacyError
-from shared.mechanisms import DistributedMechanism, Mechanism
+from shared.privacy.accounting import epsilon
+from shared.privacy.mechanisms import DistributedMechanism, Mechanism
 from simulations.audit import bounds
 from simulations.audit.bounds import (
     auc,
@@ -22,7 +22,7 @@ from simulations.audit.bounds import (
 )
 from simulations.audit.gaussian import epsilon_of_mu, fewest_correct_gaussian, gdp_one_run_bound, is_gaussian
 from simulations.audit.power import ENOUGH, FAULTS, TRUE, find_faults, noise_for, power_table
-from simulations.bench_audits import lines, response
+from simulations.bench.audits import lines, response
 
 GOLDEN = {  # (canaries, guesses, correct) -> one-run, gaussian; of jax-privacy 2.0.0 at delta 1e-5 and 95 %
     (1000, 100, 90): (1.6261, 2.4564),

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 import client.app
-import client.optimizer
-import client.train
+import client.training.optimizer
+import client.training.train
 import server.strategy
-from client.optimizer import PolicyOptimizer
+from client.training.optimizer import PolicyOptimizer
 from shared.config import PrivacyConfig, Scenario, TrainingConfig
 from shared.errors import CampaignError, ScenarioError
-from shared.noise import GRID_SIGMA, SecureRandomness
-from shared.policy import grid_of
+from shared.privacy.noise import GRID_SIGMA, SecureRandomness
+from shared.privacy.policy import grid_of
 from simulations.audit import canaries
 from simulations.audit.canary_stand import _devices, _seats, _seen, _settings, attack, open_stand
 from simulations.audit.mutants import MUTANTS, _Scaled, mutant, quieter
@@ -30,9 +30,9 @@ CENTRAL = Scenario(
     name="canaries", privacy=PrivacyConfig(unit="user", trust="central", epsilon=2.0, max_participations=1)
 )
 PLACES = (
-    (client.train, "make_optimizer"),
-    (client.train, "_draw"),
-    (client.optimizer, "clipped_sum"),
+    (client.training.train, "make_optimizer"),
+    (client.training.train, "_draw"),
+    (client.training.optimizer, "clipped_sum"),
     (client.app, "train_shared"),
     (client.app, "contribute"),
     (server.strategy, "noised_sum"),
@@ -56,7 +56,7 @@ def weaken(monkeypatch, share):
         return policy.model_copy(update={"grid": grid_of(policy)})
 
     monkeypatch.setattr("simulations.audit.stage.make_policy", weak)
-    monkeypatch.setattr("shared.campaign.check_price", lambda policy: None)
+    monkeypatch.setattr("shared.protocol.campaign.check_price", lambda policy: None)
 
 
 # Mutants

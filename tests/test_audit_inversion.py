@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shared.errors import PrivacyError
-from shared.features import compute_hidden
-from shared.model import load_base
+from shared.models.features import compute_hidden
+from shared.models.model import load_base
 from simulations.audit import inversion
 from simulations.audit.inversion import audit, make_setting, open_bench, recovered, seen
 from simulations.audit.span import find_layer, row_space, span_check

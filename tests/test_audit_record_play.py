@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.noise import SecureRandomness
-from shared.policy import grid_of
+from shared.privacy.noise import SecureRandomness
+from shared.privacy.policy import grid_of
 from simulations.audit import record_play
 from simulations.audit.assumptions import (
     Replay,
@@ -237,8 +237,13 @@ def a_bit_that_tells(real):
 @pytest.mark.parametrize(
     ("place", "fault", "settings", "check"),
     [
-        ("client.optimizer.clipped_sum", without_clip_near_the_bound, (), "bound"),
-        ("client.optimizer.PolicyOptimizer", less_noise_from_the_second_step_on, ("training.steps=3",), "noise"),
+        ("client.training.optimizer.clipped_sum", without_clip_near_the_bound, (), "bound"),
+        (
+            "client.training.optimizer.PolicyOptimizer",
+            less_noise_from_the_second_step_on,
+            ("training.steps=3",),
+            "noise",
+        ),
         ("client.app.train_shared", a_bit_that_tells, (), "nan"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

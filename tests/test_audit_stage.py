@@ -8,14 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 import sottovoce.cli
-from client.site import open_workbench
-from shared.adapter import read_shared
-from shared.audits import Audit, LevelResult, conclude, hash_code, read_audit
+from client.training.site import open_workbench
 from shared.config import load_scenario
 from shared.errors import CampaignError, DataError, PrivacyError
+from shared.heads.adapter import read_shared
+from shared.protocol.audits import Audit, LevelResult, conclude, hash_code, read_audit
 from simulations.audit import stage
-from simulations.audit.section import section
 from simulations.audit.words import lines
+from simulations.report.audit import section
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_device_may_be_silent_and_may_not_fail(subject, monkeypatch):
 def test_a_play_hears_every_logger_and_leaves_them_as_they_were(subject, monkeypatch):
     campaign = small(subject, "heard", clients=1)
     before = logging.getLogger().level, list(logging.getLogger().handlers)
-    from client.train import train_shared
+    from client.training.train import train_shared
 
     def tells(*positional, **named):
         logging.getLogger("anything").debug("trained on %d", 12345)

@@ -94,7 +94,7 @@ def test_cuda_is_refused_where_there_is_none(refused, world):
 
 def test_a_method_that_breaks_the_guarantee_names_the_allowed_ones(refused, install_package):
     code = (
-        "from client.personalize import PersonalMethod, fit_ridge\n"
+        "from client.personal.personalize import PersonalMethod, fit_ridge\n"
         "joint = PersonalMethod(fit_ridge, read_by_shared_step=True, summary='read by the shared step')\n"
     )
     install_package("joint_package", code, {"personal_methods": {"joint": "joint"}})

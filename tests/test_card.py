@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from client.card import device_sources
-from client.home import open_home
-from client.owner import set_paused, status, withdraw
+from client.home.home import open_home
+from client.owner.card import device_sources
+from client.owner.owner import set_paused, status, withdraw
 from server.app import start_checkpoint
 from server.card import server_sources
 from server.checkpoint import Counts, checkpoint_path, save_checkpoint
 from server.folder import CAMPAIGN_FILES, create_server
-from shared.accounting import epsilon
-from shared.campaign import read_campaign
-from shared.card import build_card, check_card, make_card
-from shared.card_cells import cells, check_cells, is_cell
-from shared.card_page import render, shown
-from shared.card_sources import CARD, FOLDER, PAGE, Sources, as_json, gather
+from shared.card.card import build_card, check_card, make_card
+from shared.card.cells import cells, check_cells, is_cell
+from shared.card.page import render, shown
+from shared.card.sources import CARD, FOLDER, PAGE, Sources, as_json, gather
 from shared.errors import CampaignError, DataError, LedgerError, PrivacyError, SottovoceError
-from shared.signing import fingerprint, load_private, sign_policy, signed_by
+from shared.privacy.accounting import epsilon
+from shared.protocol.campaign import read_campaign
+from shared.protocol.signing import fingerprint, load_private, sign_policy, signed_by
 from simulations.card import folder_sources
 from sottovoce.cli import main
 
@@ -325,7 +325,7 @@ def test_a_ledger_or_campaign_that_is_not_whole_has_no_card(played, published, h
 
 
 def other_key(folder: Path) -> Path:
-    from shared.signing import new_key
+    from shared.protocol.signing import new_key
 
     new_key(folder / "other")
     return folder / "other"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shared.card import make_card
-from shared.card_sources import PAGE
+from shared.card.card import make_card
+from shared.card.sources import PAGE
 from simulations.card import folder_sources
 
 KINDS = ("published", "experiment")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.conditions import CONDITIONS, Surroundings, ask_program, check_setting, unmet
+from client.service.conditions import CONDITIONS, Surroundings, ask_program, check_setting, unmet
 from shared.errors import ScenarioError
 
 ZONE = timezone(timedelta(hours=2))
@@ -211,7 +211,7 @@ def test_conditions_of_this_machine_are_told_without_an_error():
 
 
 def test_a_program_that_fails_is_absent_or_slow_says_nothing(monkeypatch):
-    monkeypatch.setattr("client.conditions._ASK_S", 0.2)
+    monkeypatch.setattr("client.service.conditions._ASK_S", 0.2)
     assert ask_program(["echo", "yes"]) == "yes\n"
     assert ask_program(["false"]) is None
     assert ask_program(["no-such-program-here"]) is None

@@ -11,10 +11,10 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.struct_pb2 import Struct
 
-from client.control import SERVICE, control_client, serve_control, socket_path
-from client.home import create_home
-from client.join import Service
-from client.owner_cli import add_parsers
+from client.commands.owner import add_parsers
+from client.home.home import create_home
+from client.service.control import SERVICE, control_client, serve_control, socket_path
+from client.service.join import Service
 from shared.errors import HeadError, StoreError
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from client import app
-from client.ledger import Ledger
-from client.ledger_log import Log
-from client.optimizer import PolicyOptimizer
-from client.store import RecordStore
-from shared import wire
+from client.home.store import RecordStore
+from client.ledger.ledger import Ledger
+from client.ledger.log import Log
+from client.training.optimizer import PolicyOptimizer
+from shared.protocol import wire
 
 
 def die(*_, **__):

@@ -14,16 +14,16 @@ from keyring.backend import KeyringBackend
 from safetensors.numpy import save
 
 from client.app import answer
-from client.consent import agree
-from client.device import OwnedDevice
-from client.store import RecordStore
+from client.home.store import RecordStore
+from client.owner.consent import agree
+from client.training.device import OwnedDevice
 from server.app import run_rounds
 from server.gate import RejectedReply, check_reply
-from shared import wire
-from shared.campaign import read_campaign
 from shared.errors import CampaignError, LedgerError, PrivacyError
-from shared.noise import SecureRandomness, SeededRandomness
-from shared.signing import load_private, sign_policy
+from shared.privacy.noise import SecureRandomness, SeededRandomness
+from shared.protocol import wire
+from shared.protocol.campaign import read_campaign
+from shared.protocol.signing import load_private, sign_policy
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def test_memory_that_runs_out_is_not_kept_as_a_record_that_cannot_be_taken(homes
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("client.inputs.compute_hidden", full)
+        patch.setattr("client.training.inputs.compute_hidden", full)
         assert homes.ask(home, published.campaign)[0] == "INTERNAL"
     assert home.vault().names("features/") == []
     assert homes.ask(home, published.campaign, round_number=2)[0] is None
@@ -301,7 +301,7 @@ def test_a_full_disk_after_the_spend_costs_no_round(homes, home, published, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("client.device.write_atomically", full)
+    monkeypatch.setattr("client.training.device.write_atomically", full)
     assert homes.ask(home, published.campaign)[0] is None
     assert reserved(home)[1] == [1]
 
@@ -334,7 +334,7 @@ def test_a_federation_of_owners_runs_as_a_simulation_does(homes, published, tmp_
 def test_features_are_kept_only_encrypted_and_used_again(homes, home, published, monkeypatch):
     homes.ask(home, published.campaign)
     assert home.vault().names("features/")
-    monkeypatch.setattr("client.inputs.compute_hidden", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr("client.training.inputs.compute_hidden", lambda *_, **__: pytest.fail("computed again"))
     assert homes.ask(home, published.campaign, round_number=2)[0] is None
 
 
@@ -426,7 +426,7 @@ def test_no_setting_environment_or_message_makes_the_noise_foreseeable(homes, ho
     for name in ("RANDOMNESS", "SEED", "SOTTOVOCE_SEED", "PYTHONHASHSEED", "SOTTOVOCE_RANDOMNESS"):
         monkeypatch.setenv(name, "1")
     made = []
-    monkeypatch.setattr("client.device.SecureRandomness", lambda: made.append(1) or SecureRandomness())
+    monkeypatch.setattr("client.training.device.SecureRandomness", lambda: made.append(1) or SecureRandomness())
     campaign = published.campaign
     grid = homes.grid_of([home.folder], run_config={"seed": 1, "randomness": "seeded", "noise": "seeded"})
     for context in grid._contexts.values():

@@ -8,13 +8,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from client.device import OwnedDevice
-from client.device_key import make_device_key, sign, trusted_operator
-from client.secure_sum import Participant
-from shared.enrolment import certify_device, check_device_signature, sign_as_device
+from client.owner.device_key import make_device_key, sign, trusted_operator
+from client.training.device import OwnedDevice
+from client.training.secure_sum import Participant
 from shared.errors import LedgerError, PrivacyError, SecureSumError, StoreError
-from shared.secure_sum import Credential, Roster, Setting, Terms
-from shared.signing import load_private, new_key, sign_policy
+from shared.protocol.enrolment import certify_device, check_device_signature, sign_as_device
+from shared.protocol.signing import load_private, new_key, sign_policy
+from shared.secure_sum.messages import Credential, Roster, Setting, Terms
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ from flwr.supercore.run import Run
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 
-from client.executor import answer_for, limit_process, serve_tasks
-from client.home import create_home
-from shared import wire
+from client.home.home import create_home
+from client.service.executor import answer_for, limit_process, serve_tasks
 from shared.errors import StoreError
-from shared.flower import InlineGrid
-from shared.flower_tasks import StalledError, TaskError, Tasks, _Invoker
-from shared.processes import free_port
+from shared.flower.grid import InlineGrid
+from shared.flower.processes import free_port
+from shared.flower.tasks import StalledError, TaskError, Tasks, _Invoker
+from shared.protocol import wire
 
 SECRET = b"of this test"
 CONTENT = b"PK\x03\x04 neither a zip nor anything else"
@@ -69,7 +69,7 @@ class FakeTask:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("client.executor._POLL_S", 0.01)
+    monkeypatch.setattr("client.service.executor._POLL_S", 0.01)
 
 
 def serve(*given, answer):
@@ -226,7 +226,7 @@ def test_a_message_that_cannot_be_read_is_answered_and_passed_over(runtime, task
 
 
 def test_a_message_that_does_not_arrive_is_answered_and_named(runtime, tasks, monkeypatch):
-    monkeypatch.setattr("shared.flower_tasks._ARRIVE_S", 0.1)
+    monkeypatch.setattr("shared.flower.tasks._ARRIVE_S", 0.1)
     sent = deliver(runtime, RecordDict({"config": ConfigRecord({"round": 5})}), arrives=False)
     with pytest.raises(StalledError):
         tasks.take()
@@ -266,7 +266,7 @@ def test_nobody_at_the_address_is_an_error_to_wait_out():
 
 @pytest.mark.parametrize(("status", "passes"), [(500, True), (503, True), (401, False), (404, False)])
 def test_what_may_pass_is_tried_again(monkeypatch, status, passes):
-    monkeypatch.setattr("shared.flower_tasks.exponential", lambda max_delay: iter(lambda: 0.0, None))
+    monkeypatch.setattr("shared.flower.tasks.exponential", lambda max_delay: iter(lambda: 0.0, None))
     request = httpx.Request("POST", "http://127.0.0.1/v1/runtime/pull-messages")
     answers = [httpx.Response(status, request=request), httpx.Response(200, request=request)]
 
@@ -284,7 +284,7 @@ def test_what_may_pass_is_tried_again(monkeypatch, status, passes):
 def test_a_reply_travels_in_parts_that_a_slow_line_carries_in_time():
     """Flower's own are 5 MB, which take 50 s at 100 kB/s; a SuperNode starts a part again after 30."""
     code = (
-        "import client.executor, numpy as np; from flwr.app import Array; "
+        "import client.service.executor, numpy as np; from flwr.app import Array; "
         "print(*(len(part.data) for part in Array(np.arange(2**19, dtype=np.float32)).children.values()))"
     )
     root = Path(__file__).parent.parent

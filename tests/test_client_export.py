@@ -10,14 +10,14 @@ import onnx
 import pytest
 import torch
 
-import client.export
-import client.graph
-from client.export import TOLERANCE, export_base, export_head
-from client.runtime import open_base, open_head
+import client.export.encoder
+import client.export.graph
+from client.export.encoder import TOLERANCE, export_base, export_head
+from client.runtime.runtime import open_base, open_head
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError
-from shared.features import compute_features
-from shared.head import OutputLayer, RatingHead, pooled_features
+from shared.heads.head import OutputLayer, RatingHead, pooled_features
+from shared.models.features import compute_features
 
 TARGETS = ("attention.output.dense", "output.dense")
 TASK = TaskConfig()
@@ -65,7 +65,7 @@ def torch_predictions(head, texts, *, seed=0):
 @pytest.fixture
 def fleet(tiny_fleet, tiny_graph, monkeypatch):
     """The exported base with slots in both blocks; a further export of it takes the same trace."""
-    monkeypatch.setattr(client.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
+    monkeypatch.setattr(client.export.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
     return tiny_fleet
 
 
@@ -140,8 +140,8 @@ def test_graph_keeps_no_trace_of_the_machine(fleet):
 
 def test_a_second_export_uses_the_cached_graph(fleet, tiny_base, tiny_texts, tmp_path, monkeypatch):
     built = []
-    build = client.export.build_graph
-    monkeypatch.setattr(client.export, "build_graph", lambda *a, **k: built.append(1) or build(*a, **k))
+    build = client.export.encoder.build_graph
+    monkeypatch.setattr(client.export.encoder, "build_graph", lambda *a, **k: built.append(1) or build(*a, **k))
 
     def export(targets=TARGETS):
         return export_base(
@@ -167,14 +167,14 @@ def test_a_second_export_uses_the_cached_graph(fleet, tiny_base, tiny_texts, tmp
 
 
 def test_gate_refuses_a_head_that_differs_from_torch(fleet, tiny_base, tiny_texts, tmp_path, monkeypatch):
-    tensors = client.export._adapter_tensors
+    tensors = client.export.encoder._adapter_tensors
 
     def perturbed(*args):
         found = tensors(*args)
         found["output.bias"] = found["output.bias"] + np.float32(3 * TOLERANCE)
         return found
 
-    monkeypatch.setattr(client.export, "_adapter_tensors", perturbed)
+    monkeypatch.setattr(client.export.encoder, "_adapter_tensors", perturbed)
     with pytest.raises(HeadError, match=r"must agree within 1e-05"):
         write_head(tmp_path / "u1", fleet, make_head(tiny_base), tiny_texts)
     assert list(tmp_path.iterdir()) == []
@@ -182,7 +182,7 @@ def test_gate_refuses_a_head_that_differs_from_torch(fleet, tiny_base, tiny_text
 
 @pytest.mark.parametrize("fault", ["untransposed", "unscaled", "swapped"])
 def test_gate_refuses_the_usual_mistakes(fleet, tiny_base, tiny_texts, tmp_path, monkeypatch, fault):
-    tensors = client.export._adapter_tensors
+    tensors = client.export.encoder._adapter_tensors
 
     def wrong(*args):
         found = tensors(*args)
@@ -197,7 +197,7 @@ def test_gate_refuses_the_usual_mistakes(fleet, tiny_base, tiny_texts, tmp_path,
             found[b[0]], found[b[1]] = found[b[1]], found[b[0]]
         return found
 
-    monkeypatch.setattr(client.export, "_adapter_tensors", wrong)
+    monkeypatch.setattr(client.export.encoder, "_adapter_tensors", wrong)
     with pytest.raises(HeadError, match="must agree"):
         write_head(tmp_path / "u1", fleet, make_head(tiny_base), tiny_texts)
 
@@ -238,7 +238,7 @@ def test_an_all_zero_adapter_is_the_base(fleet, tiny_base, tiny_texts, tmp_path)
 
 
 def test_gate_refuses_slots_that_change_the_base(fleet, tiny_base, tiny_texts, tmp_path, monkeypatch):
-    insert = client.graph._insert_slots
+    insert = client.export.graph._insert_slots
 
     def damaging(graph_model, *args, **kwargs):
         insert(graph_model, *args, **kwargs)
@@ -247,7 +247,7 @@ def test_gate_refuses_slots_that_change_the_base(fleet, tiny_base, tiny_texts, t
                 value = onnx.numpy_helper.to_array(tensor) * np.float32(1 + 1e-5)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
 
-    monkeypatch.setattr(client.graph, "_insert_slots", damaging)
+    monkeypatch.setattr(client.export.graph, "_insert_slots", damaging)
     with pytest.raises(HeadError, match="empty slots must not change"):
         export_base(
             tiny_base,
@@ -315,7 +315,7 @@ def test_a_refused_export_leaves_the_earlier_one(fleet, tiny_base, tiny_texts, t
 @pytest.mark.slow
 def test_real_base(tmp_path, tiny_texts):
     from shared.assets import fetch
-    from shared.model import load_base
+    from shared.models.model import load_base
 
     base = load_base(fetch("all-MiniLM-L6-v2", quiet=True))
     export_base(

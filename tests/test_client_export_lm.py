@@ -15,12 +15,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaForCausalLM
 
-import client.export_lm
-import client.graph_lm
-from client.export_lm import TOLERANCE, export_lm_base, export_lm_head, slot_tensors, torch_logits
-from client.generation import open_generator
-from client.graph_lm import read_cache_shape, read_stop_ids
-from client.language import open_lm_base
+import client.export.graph_lm
+import client.export.language_model
+from client.export.graph_lm import read_cache_shape, read_stop_ids
+from client.export.language_model import TOLERANCE, export_lm_base, export_lm_head, slot_tensors, torch_logits
+from client.runtime.generation import open_generator
+from client.runtime.language import open_lm_base
 from shared.errors import HeadError
 
 BASE_SHA256 = "ab" * 32
@@ -147,7 +147,7 @@ def test_a_second_export_uses_the_cached_graph(tiny_llama, tiny_lm_fleet, tiny_t
         built.append(1)
         return model
 
-    monkeypatch.setattr(client.export_lm, "build_lm_graph", build)
+    monkeypatch.setattr(client.export.language_model, "build_lm_graph", build)
 
     def export(**changes):
         settings = {
@@ -178,7 +178,7 @@ def test_a_second_export_uses_the_cached_graph(tiny_llama, tiny_lm_fleet, tiny_t
 
 @pytest.mark.parametrize("fault", ["untransposed", "unscaled", "swapped", "missing", "NaN"])
 def test_the_gate_refuses_the_usual_mistakes(tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path, monkeypatch, fault):
-    tensors = client.export_lm.slot_tensors
+    tensors = client.export.language_model.slot_tensors
 
     def wrong(lora, *, scaling):
         found = tensors(lora, scaling=scaling)
@@ -196,7 +196,7 @@ def test_the_gate_refuses_the_usual_mistakes(tiny_llama, tiny_lm_fleet, tiny_tex
             found[b[0]][0, 0] = np.nan
         return found
 
-    monkeypatch.setattr(client.export_lm, "slot_tensors", wrong)
+    monkeypatch.setattr(client.export.language_model, "slot_tensors", wrong)
     with pytest.raises(HeadError, match=r"must agree|finite"):
         write_head(tmp_path / "ann", tiny_lm_fleet, Adapted(tiny_llama), tiny_texts)
     assert list(tmp_path.iterdir()) == []
@@ -226,7 +226,7 @@ def test_the_gate_of_a_head_compares_probes_and_the_answer_through_the_cache(
 
     write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=counting)
     shutil.rmtree(tmp_path / "ann")
-    prompt = len(open_lm_base(tiny_lm_fleet).tokens(client.export_lm._KNOWN_TEXT)) + 24
+    prompt = len(open_lm_base(tiny_lm_fleet).tokens(client.export.language_model._KNOWN_TEXT)) + 24
     assert seen == [prompt + 3]  # one pass of torch over texts and answer
     for row in (0, prompt - 24, prompt - 1, prompt, -1):
         with pytest.raises(HeadError, match=r"must agree within 0\.001"):
@@ -239,7 +239,7 @@ def test_the_gate_of_a_base_compares_every_probe_and_the_greedy_answer(
     tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path, monkeypatch
 ):
     model = (tiny_lm_fleet / "model.onnx").read_bytes()
-    monkeypatch.setattr(client.export_lm, "build_lm_graph", lambda *args, **kwargs: model)
+    monkeypatch.setattr(client.export.language_model, "build_lm_graph", lambda *args, **kwargs: model)
     lengths = [len(ids) for ids in map(open_lm_base(tiny_lm_fleet).tokens, tiny_texts) if ids]
     alone = next(length for length in lengths if lengths.count(length) == 1)
     bare = torch_logits(tiny_llama)
@@ -259,7 +259,7 @@ def test_the_gate_of_a_base_compares_every_probe_and_the_greedy_answer(
 
 
 def test_a_head_may_choose_no_other_token_than_torch(tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(client.export_lm, "TOLERANCE", 100.0)  # so that only the choice of tokens can be refused
+    monkeypatch.setattr(client.export.language_model, "TOLERANCE", 100.0)  # only the choice of tokens can be refused
     adapted = Adapted(tiny_llama)
     with pytest.raises(HeadError, match="the same 4 greedy tokens"):
         write_head(tmp_path / "ann", tiny_lm_fleet, adapted, tiny_texts, logits=off(adapted.logits, 50.0, -1))
@@ -270,8 +270,8 @@ def test_no_special_token_is_put_around_a_text_as_in_training(tiny_llama, tiny_l
     from tokenizers.processors import TemplateProcessing
 
     from shared.config import load_scenario
-    from shared.model import load_base
-    from shared.tasks import encode_dialogues
+    from shared.heads.tasks import encode_dialogues
+    from shared.models.model import load_base
 
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     base = load_base(model)
@@ -306,7 +306,7 @@ def test_a_base_other_than_the_adapter_s_is_refused(tiny_llama, tiny_lm_fleet, t
 def test_the_gate_refuses_slots_that_change_the_base(tiny_llama, tiny_lm_fleet, tiny_texts, tmp_path, monkeypatch):
     plain = onnx.load(tiny_lm_fleet / "model.onnx")
     monkeypatch.setattr(
-        client.graph_lm, "_run_builder", lambda folder, scratch, precision: tiny_lm_fleet / "model.onnx"
+        client.export.graph_lm, "_run_builder", lambda folder, scratch, precision: tiny_lm_fleet / "model.onnx"
     )
 
     def damaging(model, folder, layers):
@@ -315,7 +315,7 @@ def test_the_gate_refuses_slots_that_change_the_base(tiny_llama, tiny_lm_fleet, 
                 value = onnx.numpy_helper.to_array(tensor) * np.float32(1 + 1e-5)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
 
-    monkeypatch.setattr(client.graph_lm, "_insert_slots", damaging)
+    monkeypatch.setattr(client.export.graph_lm, "_insert_slots", damaging)
     assert any(t.name == "model.layers.1.mlp.up_proj.MatMul.weight" for t in plain.graph.initializer)
     with pytest.raises(HeadError, match="empty slots must not change"):
         export_lm_base(
@@ -354,7 +354,7 @@ def test_impossible_requests_are_refused(tiny_llama, tiny_lm_fleet, tiny_texts, 
     (narrow / "config.json").write_text(json.dumps(config | {"head_dim": 8}))
     with pytest.raises(HeadError, match="multiple of 16 for onnxruntime, got 8"):
         export(model=narrow)
-    monkeypatch.setattr(client.graph_lm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(client.export.graph_lm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HeadError, match="needs the package onnxruntime-genai"):
         export()
     assert not (tmp_path / "base").exists()

@@ -16,10 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import client.cli
-from client.artifact import ADAPTER, MANIFEST, MODEL, TOKENIZER
-from client.generation import choose, open_generator
-from client.language import lm_base_id, open_lm_base
-from client.runtime import open_base, open_head
+from client.runtime.artifact import ADAPTER, MANIFEST, MODEL, TOKENIZER
+from client.runtime.generation import choose, open_generator
+from client.runtime.language import lm_base_id, open_lm_base
+from client.runtime.runtime import open_base, open_head
 from shared.errors import HeadError
 
 PROMPT = "Fargo (1996)"
@@ -67,7 +67,7 @@ def test_users_swap_in_one_session(heads):
 def test_a_long_prompt_in_chunks_is_the_prompt_at_once(ann, monkeypatch):
     ids = ann.base.tokenizer.encode("The Wrong Trousers (1993). Animation, Comedy").ids
     whole = ann.logits(ids)
-    monkeypatch.setattr("client.language._CHUNK_TOKENS", 7)
+    monkeypatch.setattr("client.runtime.language._CHUNK_TOKENS", 7)
     np.testing.assert_allclose(ann.logits(ids), whole, atol=1e-5)
     assert whole.shape == (len(ids), 263)
 
@@ -79,7 +79,7 @@ def test_the_stream_is_the_text_and_splits_no_character(ann, monkeypatch):
         assert "".join(pieces) == ann.generate(PROMPT, **settings).text
         assert len(pieces) > 5
     letters = ann.base.tokenizer.encode("aé😀b").ids  # 1, 2, 4 and 1 bytes
-    monkeypatch.setattr("client.generation.choose", lambda logits, **_: letters[len(drawn)])
+    monkeypatch.setattr("client.runtime.generation.choose", lambda logits, **_: letters[len(drawn)])
     drawn = []
     steps = type(ann).steps
     monkeypatch.setattr(
@@ -90,7 +90,7 @@ def test_the_stream_is_the_text_and_splits_no_character(ann, monkeypatch):
 
 def test_an_answer_ends_at_the_stop_token(ann, monkeypatch):
     script = iter([70, 71, 2, 72, 73] * 2)
-    monkeypatch.setattr("client.generation.choose", lambda logits, **_: next(script))
+    monkeypatch.setattr("client.runtime.generation.choose", lambda logits, **_: next(script))
     found = ann.generate(PROMPT, max_new_tokens=5)
     assert (found.token_ids, found.stopped) == ((70, 71, 2), "eos")
     assert found.text == ann.base.tokenizer.decode([70, 71])
@@ -159,7 +159,7 @@ def test_generates_without_the_training_packages(heads, ann):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from client.generation import open_generator\n"
+        "from client.runtime.generation import open_generator\n"
         f"found = open_generator(Path({str(heads / 'ann')!r})).generate({PROMPT!r}, max_new_tokens=8)\n"
         "heavy = {'torch', 'transformers', 'peft', 'onnx', 'flwr', 'opacus', 'pydantic'} & set(sys.modules)\n"
         "print(list(found.token_ids), sorted(heavy), sep='|')\n"

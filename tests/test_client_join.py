@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from client.control import control_client
-from client.device_key import make_device_key
-from client.home import create_home
-from client.join import Service, _only_service, keep_invitation, read_invitation
-from client.supernode import ONLINE
+from client.home.home import create_home
+from client.owner.device_key import make_device_key
+from client.service.control import control_client
+from client.service.join import Service, _only_service, keep_invitation, read_invitation
+from client.service.supernode import ONLINE
 from server.certificates import new_authority
 from server.folder import create_server
 from server.superlink import SuperLink
 from shared.errors import StoreError
-from shared.flower_control import Control, key_bytes
-from shared.flower_tasks import Tasks
+from shared.flower.control import Control, key_bytes
+from shared.flower.tasks import Tasks
 from tests.joined import ask_devices, children_of, service_of, start_device, start_run, wait_until
 
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-import client.graph
-from client.artifact import ADAPTER, MANIFEST, MODEL, describe_contents, manifest_bytes, read_manifest
-from client.export import KERNEL_TOLERANCE, build_head, export_base, export_head
-from client.export_fleet import export_campaign_base
-from client.graph import graph_key, list_slots
-from client.graph_kernel import KernelTerm, kernel_term
-from client.personalize import PrivateOutput
-from client.private_head import encoder_parts, personalize
-from client.runtime import KERNEL_SLOT, bind_head, check_known_answer, open_base, open_head
-from client.verify import open_home_base, open_personal
-from shared.adapter import make_start, shared_parameters
+import client.export.graph
+from client.export.encoder import KERNEL_TOLERANCE, build_head, export_base, export_head
+from client.export.fleet import export_campaign_base
+from client.export.graph import graph_key, list_slots
+from client.export.graph_kernel import KernelTerm, kernel_term
+from client.export.private_head import encoder_parts, personalize
+from client.owner.verify import open_home_base, open_personal
+from client.personal.personalize import PrivateOutput
+from client.runtime.artifact import ADAPTER, MANIFEST, MODEL, describe_contents, manifest_bytes, read_manifest
+from client.runtime.runtime import KERNEL_SLOT, bind_head, check_known_answer, open_base, open_head
 from shared.config import AdapterConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError
-from shared.features import compute_features
-from shared.head import OutputLayer, make_head, pooled_features
-from shared.signing import load_private
+from shared.heads.adapter import make_start, shared_parameters
+from shared.heads.head import OutputLayer, make_head, pooled_features
+from shared.models.features import compute_features
+from shared.protocol.signing import load_private
 
 TARGETS = ("output.dense",)
 TASK = TaskConfig()
@@ -35,7 +35,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 @pytest.fixture(scope="module", autouse=True)
 def traced(tiny_graph):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
+        patch.setattr(client.export.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
         yield
 
 

@@ -16,7 +16,7 @@ import pytest
 from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked, PasswordDeleteError
 
-from client.keystore import choose_keystore, file_keystore, open_keystore, os_keystore
+from client.vault.keystore import choose_keystore, file_keystore, open_keystore, os_keystore
 from shared.errors import StoreError
 
 SECRET = bytes(range(256))
@@ -251,7 +251,7 @@ def test_another_program_s_entry_is_refused(tmp_path, use_keyring, value):
 @pytest.mark.fault("R20")
 def test_a_backend_that_cannot_be_loaded_is_an_error(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom client.keystore import choose_keystore\n"
+        "import sys\nfrom pathlib import Path\nfrom client.vault.keystore import choose_keystore\n"
         "from shared.errors import StoreError\n"
         "try:\n    choose_keystore(Path(sys.argv[1]), 'os')\nexcept StoreError as error:\n    print(error)\n"
         "print(sorted({'torch', 'flwr'} & set(sys.modules)))"
@@ -302,7 +302,7 @@ def test_deleting_a_key_file_overwrites_it(tmp_path):
 
 def test_a_crash_leaves_the_old_key_or_the_new(tmp_path, crash_at_each_step):
     file_keystore(tmp_path / "home").write("anchor", b"old")
-    code = "client.keystore.file_keystore(home).write('anchor', b'new')"
+    code = "client.vault.keystore.file_keystore(home).write('anchor', b'new')"
     found = []
     for home in crash_at_each_step(tmp_path / "home", code):
         keystore = file_keystore(home)

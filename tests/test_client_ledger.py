@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import client.ledger_log
-import client.ledger_schema
-from client.ledger_book import add_up
-from client.ledger_events import chain_key
+import client.ledger.log
+import client.ledger.schema
+from client.ledger.book import add_up
+from client.ledger.events import chain_key
 from shared.errors import LedgerError, RefusedError
 
 
@@ -491,7 +491,7 @@ def test_i7_a_keystore_that_fails_stops_everything(ledgers, ledger, keystore):
 def test_i7_a_newer_schema_is_refused_and_not_recovered_over(ledgers, ledger, reopen, tmp_path, keystore):
     ledger.close()
     connection = other_connection(tmp_path)
-    connection.execute(f"PRAGMA user_version = {len(client.ledger_schema.MIGRATIONS) + 1}")
+    connection.execute(f"PRAGMA user_version = {len(client.ledger.schema.MIGRATIONS) + 1}")
     connection.close()
     with pytest.raises(LedgerError, match="newer Sottovoce"):
         reopen()
@@ -511,7 +511,7 @@ def test_i7_a_ledger_of_an_older_schema_is_brought_up_to_date_and_nothing_else(
     def to_schema_2(connection):
         connection.execute("CREATE TABLE note (text TEXT NOT NULL) STRICT")
 
-    monkeypatch.setattr(client.ledger_schema, "MIGRATIONS", (*client.ledger_schema.MIGRATIONS, to_schema_2))
+    monkeypatch.setattr(client.ledger.schema, "MIGRATIONS", (*client.ledger.schema.MIGRATIONS, to_schema_2))
     with reopen() as again:
         assert again.history() == before
         assert other_connection(tmp_path).execute("PRAGMA user_version").fetchone() == (2,)
@@ -526,7 +526,7 @@ def test_i7_a_migration_that_fails_leaves_the_older_ledger_whole(ledgers, ledger
 
     ledgers.agree(ledger)
     with monkeypatch.context() as patch:
-        patch.setattr(client.ledger_schema, "MIGRATIONS", (*client.ledger_schema.MIGRATIONS, broken))
+        patch.setattr(client.ledger.schema, "MIGRATIONS", (*client.ledger.schema.MIGRATIONS, broken))
         with pytest.raises(LedgerError, match="SQLite says"):
             reopen()
     with reopen() as again:
@@ -562,7 +562,8 @@ def test_only_its_owner_reads_a_ledger(ledgers, ledger, tmp_path):
 
 
 def test_a_ledger_needs_neither_torch_nor_flower_nor_an_accountant():
-    code = "import client.ledger, sys; print(sorted({'torch', 'flwr', 'dp_accounting', 'numpy'} & sys.modules.keys()))"
+    heavy = "{'torch', 'flwr', 'dp_accounting', 'numpy'}"
+    code = f"import client.ledger.ledger, sys; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
     )
@@ -802,7 +803,7 @@ def test_recovery_does_not_put_a_ledger_aside_because_the_disk_fails(ledgers, le
         raise error
 
     ledger.close()
-    monkeypatch.setattr(client.ledger_log, "open_file", fails)
+    monkeypatch.setattr(client.ledger.log, "open_file", fails)
     with pytest.raises(LedgerError, match="disk I/O error"):
         ledgers.recover(tmp_path, keystore)
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.db"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import client.ledger_schema
-from client.ledger_log import Log
+import client.ledger.schema
+from client.ledger.log import Log
 from shared.errors import LedgerError, RefusedError
 
 UNTOUCHED = (0, 0, 0, 0, 0)  # spent, released, burnt, pending, lost
@@ -97,9 +97,9 @@ def test_i1_to_i4_hold_when_killed_at(ledgers, home, point):
 @pytest.mark.parametrize("seam", [BEFORE_COMMIT, BEFORE_ANCHOR])
 def test_i3_a_second_kill_while_the_first_is_cleared_up_changes_nothing(ledgers, home, seam):
     kill(ledgers, home, OPEN + SPEND + DIE)
-    patch = seam.replace("ledger._log.", "client.ledger_log.Log.")
+    patch = seam.replace("ledger._log.", "client.ledger.log.Log.")
     for _ in range(2):
-        status, _, _ = ledgers.run(home, "import client.ledger_log\n" + patch + OPEN)
+        status, _, _ = ledgers.run(home, "import client.ledger.log\n" + patch + OPEN)
         assert status == ledgers.KILLED
     with ledgers.reopen(home) as ledger:
         assert ledgers.counts(ledger) == BURNT
@@ -496,7 +496,7 @@ def test_i8_the_anchor_never_moves_back_however_two_processes_interleave(ledgers
 
 @pytest.mark.fault("R12")
 def test_i7_a_ledger_another_process_holds_is_not_waited_for_for_ever(ledgers, home, monkeypatch):
-    monkeypatch.setattr(client.ledger_schema, "_BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(client.ledger.schema, "_BUSY_TIMEOUT_S", 0.05)
     with ledgers.reopen(home) as ledger:
         other = sqlite3.connect(home / "ledger.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")

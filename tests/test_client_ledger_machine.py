@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from client.ledger_log import Log
+from client.ledger.log import Log
 from shared.errors import LedgerError, RefusedError
 
 POLICIES = st.sampled_from("pqr")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from client.log_file import LogFile
+from client.service.log_file import LogFile
 
 
 @pytest.fixture

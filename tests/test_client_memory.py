@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from client.artifact import ADAPTER, MANIFEST, describe_contents
-from client.export import build_head
-from client.memory import make_memory
-from client.personalize import predict_user
-from client.retrieval import Texts
-from client.runtime import open_base, open_head
+from client.export.encoder import build_head
+from client.personal.personalize import predict_user
+from client.runtime.artifact import ADAPTER, MANIFEST, describe_contents
+from client.runtime.memory import make_memory
+from client.runtime.retrieval import Texts
+from client.runtime.runtime import open_base, open_head
 from shared.config import AdapterConfig, ModelConfig, PersonalConfig, Scenario, TaskConfig
 from shared.errors import HeadError
-from shared.features import compute_features
-from shared.head import OutputLayer, RatingHead, pooled_features
+from shared.heads.head import OutputLayer, RatingHead, pooled_features
+from shared.models.features import compute_features
 
 RATED = np.array([5.0, 1.0, 4.0, 2.0, 3.0])
 RETRIEVERS = ("dense", "bm25", "recency")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.finetune import ditto, fine_tune, fine_tune_second, load_tensors, predict_with
-from client.personalize import (
+from client.personal.finetune import ditto, fine_tune, fine_tune_second, load_tensors, predict_with
+from client.personal.personalize import (
     PERSONAL_METHODS,
     PersonalMethod,
     Texts,
@@ -17,14 +17,14 @@ from client.personalize import (
     predict_user,
     share_by_meaning,
 )
-from client.retrieval import BM25, by_time, by_words, nearest, recall
-from shared.adapter import load_shared, make_start, read_shared
+from client.runtime.retrieval import BM25, by_time, by_words, nearest, recall
 from shared.config import PersonalConfig, Scenario
 from shared.errors import CampaignError, ScenarioError
-from shared.features import compute_features
-from shared.head import make_head
-from shared.scoring import text_predictions
-from shared.tasks import Scores
+from shared.heads.adapter import load_shared, make_start, read_shared
+from shared.heads.head import make_head
+from shared.heads.scoring import text_predictions
+from shared.heads.tasks import Scores
+from shared.models.features import compute_features
 from tests.tiny import TEXTS
 
 TARGETS = np.array([5.0, 1.0, 4.0, 4.0, 2.0])
@@ -104,7 +104,7 @@ def test_two_devices_keep_their_own_minimum_of_one_shared_part(linear):
 
 def test_ditto_passes_go_to_the_minimum_of_the_objective(linear, monkeypatch):
     exact = linear.adapt(ditto, proximal=0.2)["output.weight"]
-    monkeypatch.setattr("client.finetune.RatingHead", ())  # no head has the closed form
+    monkeypatch.setattr("client.personal.finetune.RatingHead", ())  # no head has the closed form
     settings = {"epochs": 200, "learning_rate": 2e-2, "batch_size": 5}
     np.testing.assert_allclose(linear.adapt(ditto, proximal=0.2, **settings)["output.weight"], exact, atol=0.05)
     assert np.abs(linear.adapt(ditto, proximal=0.1, **settings)["output.weight"] - exact).max() > 0.1

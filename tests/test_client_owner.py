@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from client import consent, owner
-from client.forget import forget
-from client.home import open_home
-from client.owner_words import status_lines
-from client.place import default_home
-from client.verify import keep_head
+from client.home.home import open_home
+from client.home.place import default_home
+from client.owner import consent, owner
+from client.owner.forget import forget
+from client.owner.verify import keep_head
+from client.owner.words import status_lines
 from shared.datasets.records import Record
 from shared.errors import LedgerError, PrivacyError, StoreError
-from shared.signing import new_key
+from shared.protocol.signing import new_key
 from sottovoce.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -627,8 +627,8 @@ def test_a_forget_killed_at_any_step_has_lost_the_key_first_and_is_completed_by_
     held = len(active.records().read())
     active.ledger().close()
     code = """
-from client.forget import forget
-from client.home import open_home
+from client.owner.forget import forget
+from client.home.home import open_home
 forget(open_home(home))
 """
     copies = crash_at_each_step(active.folder, code)

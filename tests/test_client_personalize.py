@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from client.personalize import PERSONAL_METHODS, fit_ridge
+from client.personal.personalize import PERSONAL_METHODS, fit_ridge
 from shared.config import PersonalConfig
 
 MEAN = np.array([0.5, -0.2, 0.1])

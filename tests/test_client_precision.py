@@ -8,20 +8,20 @@ import numpy as np
 import onnx
 import pytest
 
-import client.export
-import client.graph
-from client.artifact import MODEL
-from client.export import export_base, export_head
-from client.export_fleet import export_campaign_base
-from client.export_lm import export_lm_base
-from client.parity import Parity
-from client.private_head import PROBES, personalize
-from client.runtime import open_base, open_head
-from client.verify import open_home_base, open_personal
+import client.export.encoder
+import client.export.graph
+from client.export.encoder import export_base, export_head
+from client.export.fleet import export_campaign_base
+from client.export.language_model import export_lm_base
+from client.export.private_head import PROBES, personalize
+from client.owner.verify import open_home_base, open_personal
+from client.runtime.artifact import MODEL
+from client.runtime.parity import Parity
+from client.runtime.runtime import open_base, open_head
 from shared.config import AdapterConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError, SottovoceError
-from shared.head import OutputLayer, RatingHead
-from shared.signing import load_private
+from shared.heads.head import OutputLayer, RatingHead
+from shared.protocol.signing import load_private
 from sottovoce.cli import main
 
 TARGETS = ("attention.output.dense", "output.dense")
@@ -63,7 +63,7 @@ def test_what_is_not_finite_or_was_never_compared_is_refused(precision, value):
 
 @pytest.fixture
 def traced(tiny_graph, monkeypatch):
-    monkeypatch.setattr(client.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
+    monkeypatch.setattr(client.export.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
 
 
 def export(base, folder, texts, precision="int8"):
@@ -122,18 +122,18 @@ def test_a_head_on_8_bits_is_compared_with_torch_and_known_by_its_own_answer(
     assert 1e-3 < known["tolerance"] <= 0.1
     found = open_head(tmp_path / "ann").base.run_tokens(known["token_ids"], adapter=open_head(tmp_path / "ann").adapter)
     np.testing.assert_array_equal(found[1], np.float32(known["predictions"]))
-    monkeypatch.setattr(client.export, "REL_RMS", 1e-6)
+    monkeypatch.setattr(client.export.encoder, "REL_RMS", 1e-6)
     with pytest.raises(HeadError, match="features of the probe texts"):
         export_head(tmp_path / "bob", **settings)
-    monkeypatch.setattr(client.export, "REL_RMS", 0.05)
-    monkeypatch.setattr(client.export, "HEAD_REL_RMS", 1e-6)
+    monkeypatch.setattr(client.export.encoder, "REL_RMS", 0.05)
+    monkeypatch.setattr(client.export.encoder, "HEAD_REL_RMS", 1e-6)
     with pytest.raises(HeadError, match="relative root mean square"):
         export_head(tmp_path / "bob", **settings)
     assert not (tmp_path / "bob").exists()
 
 
 def test_a_base_that_is_too_coarse_is_not_written(traced, tiny_base, tiny_texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(client.export, "REL_RMS", 1e-6)
+    monkeypatch.setattr(client.export.encoder, "REL_RMS", 1e-6)
     with pytest.raises(HeadError, match=r"relative root mean square.*nothing was written"):
         export(tiny_base, tmp_path / "base", tiny_texts)
     assert list(tmp_path.iterdir()) == []
@@ -163,7 +163,7 @@ def test_the_operator_s_command_makes_the_base_that_homes_take(traced, homes, pu
 @pytest.mark.timeout(1200)
 def test_real_bases_in_8_bits(tmp_path):
     from shared.assets import fetch
-    from shared.model import load_base
+    from shared.models.model import load_base
 
     base = load_base(fetch("all-MiniLM-L6-v2", quiet=True))
     manifest = export_base(

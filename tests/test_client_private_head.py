@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.artifact import ADAPTER, sign_folder
-from client.export_lm import export_lm_base
-from client.generation import open_generator
-from client.private_head import PROBES, head_logits, language_parts, personalize
-from client.runtime import open_head
-from client.site import TextFeatures, resident_base
-from shared.adapter import load_shared, load_start
+from client.export.language_model import export_lm_base
+from client.export.private_head import PROBES, head_logits, language_parts, personalize
+from client.runtime.artifact import ADAPTER, sign_folder
+from client.runtime.generation import open_generator
+from client.runtime.runtime import open_head
+from client.training.site import TextFeatures, resident_base
 from shared.config import load_scenario
 from shared.errors import CampaignError, HeadError, LedgerError, SottovoceError, StoreError
-from shared.noise import seeded_generator
-from shared.signing import load_private
-from simulations.observe import RatingObserver
-from simulations.observe_language import LanguageObserver
+from shared.heads.adapter import load_shared, load_start
+from shared.privacy.noise import seeded_generator
+from shared.protocol.signing import load_private
+from simulations.observe.language import LanguageObserver
+from simulations.observe.observe import RatingObserver
 from sottovoce.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +196,7 @@ sys.exit(main({arguments!r}))
 
 
 def test_only_the_newest_heads_are_kept(home, tiny_fleet, monkeypatch):
-    monkeypatch.setattr("client.private_head._KEPT", 2)
+    monkeypatch.setattr("client.export.private_head._KEPT", 2)
     for _ in range(3):
         personalize(home, base_folder=tiny_fleet)
     assert [version.number for version in home.heads().versions()] == [2, 3]
@@ -239,9 +239,9 @@ def test_what_cannot_be_fitted_is_refused_and_the_shelf_stays(home, homes, publi
 
 
 def test_a_head_that_disagrees_with_torch_is_not_kept(home, tiny_fleet, monkeypatch):
-    import client.export
+    import client.export.encoder
 
-    monkeypatch.setattr(client.export, "TOLERANCE", 1e-12)
+    monkeypatch.setattr(client.export.encoder, "TOLERANCE", 1e-12)
     with pytest.raises(HeadError, match="must agree within"):
         personalize(home, base_folder=tiny_fleet)
     assert home.heads().versions() == ()

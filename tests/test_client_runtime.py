@@ -15,12 +15,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import client.cli
-from client.artifact import ADAPTER, MANIFEST, MODEL, TOKENIZER
-from client.export import export_head
-from client.runtime import base_id, open_base, open_head
+from client.export.encoder import export_head
+from client.runtime.artifact import ADAPTER, MANIFEST, MODEL, TOKENIZER
+from client.runtime.runtime import base_id, open_base, open_head
 from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError
-from shared.head import OutputLayer, RatingHead
+from shared.heads.head import OutputLayer, RatingHead
 
 TEXT = "Fargo (1996). Crime, Drama, Thriller"
 SLOT = "lora.block.1.output.dense"
@@ -121,7 +121,7 @@ def test_predicts_without_the_training_packages(heads):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from client.runtime import open_head\n"
+        "from client.runtime.runtime import open_head\n"
         f"value = open_head(Path({str(heads / 'ann')!r})).predict([{TEXT!r}])[0]\n"
         "heavy = {'torch', 'transformers', 'peft', 'onnx', 'flwr', 'opacus', 'pydantic'} & set(sys.modules)\n"
         "print(float(value), sorted(heavy))\n"

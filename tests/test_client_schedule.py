@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import pytest
 from flwr.app import Message, RecordDict
 
-from client.back_off import BackOff
-from client.conditions import Surroundings
-from client.home import create_home
-from client.join import Service
-from client.schedule import CpuWatch, Gate, change_schedule, clear_schedule, read_schedule
-from client.supernode import AWAY, NOT_ENROLLED, OFFLINE, ONLINE, STARTING, STUCK, SuperNode
+from client.home.home import create_home
+from client.service.back_off import BackOff
+from client.service.conditions import Surroundings
+from client.service.join import Service
+from client.service.schedule import CpuWatch, Gate, change_schedule, clear_schedule, read_schedule
+from client.service.supernode import AWAY, NOT_ENROLLED, OFFLINE, ONLINE, STARTING, STUCK, SuperNode
 from shared.errors import ScenarioError, StoreError
-from shared.flower import InlineGrid
-from shared.wire import refusal_code
+from shared.flower.grid import InlineGrid
+from shared.protocol.wire import refusal_code
 from sottovoce.cli import main
 
 MORNING = datetime(2026, 11, 23, 8, 0, tzinfo=UTC)
@@ -225,7 +225,7 @@ def node(tmp_path, monkeypatch):
 
     monkeypatch.setattr(node, "_run", run)
     monkeypatch.setattr(node._stopping, "wait", wait)
-    monkeypatch.setattr("client.back_off.random.uniform", max)
+    monkeypatch.setattr("client.service.back_off.random.uniform", max)
     node._back_off._draw = lambda low, high: high
     return SimpleNamespace(node=node, lives=lives, waits=waits, states=states, clock=clock)
 
@@ -282,7 +282,7 @@ class Played:
             poll=lambda: 0 if self.ended else None, terminate=self._end, kill=lambda: self._end(kill=True)
         )
         self.node._tasks = tasks
-        monkeypatch.setattr("client.supernode.is_ours", lambda port: True)
+        monkeypatch.setattr("client.service.supernode.is_ours", lambda port: True)
 
     def _end(self, *, kill=False):
         self.ended = kill or not self.stubborn
@@ -409,7 +409,7 @@ def test_a_device_that_is_there_answers_anything(alive):
 
 
 def test_a_service_loads_no_torch_and_no_telemetry_of_flowers():
-    code = "import sys, client.join, client.schedule; from flwr.supercore import telemetry; "
+    code = "import sys, client.service.join, client.service.schedule; from flwr.supercore import telemetry; "
     code += "print({'torch', 'transformers', 'onnxruntime'} & set(sys.modules), telemetry.FLWR_TELEMETRY_ENABLED)"
     environment = {name: value for name, value in os.environ.items() if name != "FLWR_TELEMETRY_ENABLED"}
     environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from client.artifact import ADAPTER, MANIFEST
-from client.export import export_head
-from client.generation import open_generator
-from client.keystore import file_keystore
-from client.runtime import open_base, open_head
-from client.sealed_heads import HeadShelf, HeadVersion
-from client.vault import create_vault, open_vault, shred_vault
+from client.export.encoder import export_head
+from client.home.sealed_heads import HeadShelf, HeadVersion
+from client.runtime.artifact import ADAPTER, MANIFEST
+from client.runtime.generation import open_generator
+from client.runtime.runtime import open_base, open_head
+from client.vault.keystore import file_keystore
+from client.vault.vault import create_vault, open_vault, shred_vault
 from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError, StoreError
-from shared.head import OutputLayer, RatingHead
+from shared.heads.head import OutputLayer, RatingHead
 
 SENTINEL = b"xyzzy-7f3a-a-personal-tensor"
 
@@ -149,8 +149,8 @@ def test_no_tensor_lies_in_plain(home, shelf):
 
 def test_a_crash_leaves_the_shelf_before_or_after(home, shelf, crash_at_each_step):
     fill(shelf, 2)
-    code = f"""shelf = client.sealed_heads.HeadShelf(
-    client.vault.open_vault(home / "vault", client.keystore.file_keystore(home)))
+    code = f"""shelf = client.home.sealed_heads.HeadShelf(
+    client.vault.vault.open_vault(home / "vault", client.vault.keystore.file_keystore(home)))
 shelf.add({files(3)!r}, {about(3)!r})
 shelf.prune(1)
 shelf.roll_back(3)"""
@@ -177,9 +177,9 @@ def test_a_full_disk_leaves_the_shelf_as_it_was(home, shelf):
     code = """
 import resource, sys
 from pathlib import Path
-from client.keystore import file_keystore
-from client.sealed_heads import HeadShelf
-from client.vault import open_vault
+from client.vault.keystore import file_keystore
+from client.home.sealed_heads import HeadShelf
+from client.vault.vault import open_vault
 from shared.errors import StoreError
 home = Path(sys.argv[1])
 shelf = HeadShelf(open_vault(home / "vault", file_keystore(home)))

@@ -23,20 +23,20 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from transformers import PreTrainedTokenizerFast
 
-import client.answer
-import client.serve
-from client.artifact import ADAPTER, MANIFEST, sign_folder
-from client.chat import ChatError, ChatFormat, Turn, compile_template, read_chat
-from client.chat_api import ApiError, parse_request
-from client.generation import Generator, open_generator, spell
-from client.guard import read_token
-from client.home import create_home
-from client.language import lm_base_id
-from client.models import open_models
-from client.serve import Turns, bind, build_app, server
-from client.verify import keep_head, next_sequence, reactivate
+import client.serve.answer
+import client.serve.server
+from client.home.home import create_home
+from client.owner.verify import keep_head, next_sequence, reactivate
+from client.runtime.artifact import ADAPTER, MANIFEST, sign_folder
+from client.runtime.chat import ChatError, ChatFormat, Turn, compile_template, read_chat
+from client.runtime.generation import Generator, open_generator, spell
+from client.runtime.language import lm_base_id
+from client.serve.chat_api import ApiError, parse_request
+from client.serve.guard import read_token
+from client.serve.models import open_models
+from client.serve.server import Turns, bind, build_app, server
 from shared.errors import HeadError, StoreError
-from shared.signing import fingerprint
+from shared.protocol.signing import fingerprint
 
 TOKEN = "t" * 43
 CHATML = (
@@ -318,7 +318,7 @@ def test_a_streamed_answer(ann):
 
 def test_an_answer_ends_at_the_stop_token(ann, monkeypatch):
     script = iter([70, 71, 2, 72] * 2)
-    monkeypatch.setattr("client.generation.choose", lambda logits, **_: next(script))
+    monkeypatch.setattr("client.runtime.generation.choose", lambda logits, **_: next(script))
     found = ask(ann).json()
     assert found["choices"][0]["finish_reason"] == "stop"
     assert found["usage"]["completion_tokens"] == 3
@@ -340,7 +340,8 @@ def test_an_answer_ends_at_the_stop_token(ann, monkeypatch):
 def test_an_answer_ends_before_a_stop(ann, folder, monkeypatch, stop, text):
     letters = open_generator(folder / "base").base.tokenizer.encode("abcdéfg").ids
     made = []
-    monkeypatch.setattr("client.generation.choose", lambda logits, **_: made.append(1) or letters[len(made) - 1])
+    choose = "client.runtime.generation.choose"
+    monkeypatch.setattr(choose, lambda logits, **_: made.append(1) or letters[len(made) - 1])
     found = ask(ann, stop=stop, max_tokens=len(letters)).json()["choices"][0]
     assert (found["message"]["content"], found["finish_reason"]) == (text, "length" if text == "abcdéfg" else "stop")
     assert len(made) == len(letters) if text == "abcdéfg" else len(made) < len(letters)
@@ -406,8 +407,8 @@ def test_the_current_head_and_its_versions(folder, home):
 
 
 def test_a_forgotten_head_answers_no_more(folder, home):
-    from client.forget import forget
-    from client.owner import _vault
+    from client.owner.forget import forget
+    from client.owner.owner import _vault
 
     models = open_models(home, folder / "base")
     http = talk(models)
@@ -424,8 +425,8 @@ def test_a_head_is_opened_once_and_the_base_never_again(folder, home, monkeypatc
     opened = []
     real = open_generator
     http = talk(open_models(home, folder / "base"))
-    monkeypatch.setattr("client.verify.open_generator", lambda *a, **k: opened.append(1) or real(*a, **k))
-    monkeypatch.setattr("client.generation.open_lm_base", None)
+    monkeypatch.setattr("client.owner.verify.open_generator", lambda *a, **k: opened.append(1) or real(*a, **k))
+    monkeypatch.setattr("client.runtime.generation.open_lm_base", None)
     for model in ("personal", "personal@1", "base", "personal", "personal@1"):
         assert ask(http, model=model, max_tokens=1).json()["model"].startswith(model)
     assert len(opened) == 2
@@ -757,7 +758,7 @@ def test_who_hangs_up_is_not_answered_further(folder, slowly, stream):
 
 
 def test_who_holds_every_connection_and_says_nothing_is_cut_off(folder, monkeypatch):
-    monkeypatch.setattr("client.serve._Impatient.idle_s", 0.3)
+    monkeypatch.setattr("client.serve.server._Impatient.idle_s", 0.3)
     app = build_app(open_models(folder / "ann", folder / "base"), token=TOKEN)
     with running(app) as url, httpx.Client(trust_env=False) as transport, contextlib.ExitStack() as held:
         place = ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
@@ -818,14 +819,14 @@ def test_a_failure_midway_is_said_in_the_stream(ann, monkeypatch):
 def test_nothing_said_is_logged(folder, slowly, monkeypatch, caplog, capfd):
     slowly.open.release(1000)
     said = [{"role": "user", "content": "mysecret"}]
-    real = client.answer.prepare
+    real = client.serve.answer.prepare
 
     def fail(models, request):
         if request.model == "base":
             raise RuntimeError(str(request))
         return real(models, request)
 
-    monkeypatch.setattr("client.serve.prepare", fail)
+    monkeypatch.setattr("client.serve.server.prepare", fail)
     caplog.set_level("DEBUG", logger="sottovoce")
     caplog.set_level("DEBUG", logger="uvicorn")
     app, headers = (
@@ -894,7 +895,7 @@ def test_the_command_refuses_in_one_line(folder, home, run_command):
 def test_the_command_says_what_is_wrong_with_a_head(folder, tmp_path, run_command, monkeypatch, capsys):
     shutil.copytree(folder / "ann", tmp_path / "ann")
     (tmp_path / "ann" / ADAPTER).write_bytes(b"x")
-    monkeypatch.setattr("client.serve.run", lambda app, listening: None)
+    monkeypatch.setattr("client.serve.server.run", lambda app, listening: None)
     assert run_command("--head", str(tmp_path / "ann"), "--base", str(folder / "base"), "--port", "0") == 0
     said = capsys.readouterr().out
     assert "the base answers instead of the head:" in said
@@ -919,7 +920,7 @@ def test_real_model_and_a_trained_adapter(tmp_path):
     import torch
     from transformers import AutoTokenizer
 
-    from client.export_lm import export_lm_base
+    from client.export.language_model import export_lm_base
     from shared import datasets
     from shared.assets import fetch
     from shared.datasets import sotu

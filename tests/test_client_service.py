@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from client.device_key import make_device_key
-from client.home import create_home
-from client.schedule import change_schedule, clear_schedule
+from client.home.home import create_home
+from client.owner.device_key import make_device_key
+from client.service.schedule import change_schedule, clear_schedule
 from server.certificates import new_authority
 from server.folder import create_server
 from server.superlink import SuperLink
-from shared.flower_control import Control, key_bytes
-from shared.flower_tasks import Tasks
-from shared.wire import refusal_code
+from shared.flower.control import Control, key_bytes
+from shared.flower.tasks import Tasks
+from shared.protocol.wire import refusal_code
 from tests.joined import ROOT, ask_devices, children_of, service_of, start_device, start_run, wait_until
 
 pytestmark = pytest.mark.slow

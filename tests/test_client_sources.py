@@ -9,22 +9,22 @@ import pytest
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load, save
 
-import client.device
-import client.inputs
-import client.sources
+import client.home.sources
+import client.training.device
+import client.training.inputs
 from client.app import answer
-from client.consent import examine_offer
-from client.device import OwnedDevice
-from client.forget import forget
-from client.home import open_home
-from client.owner import choose_source, drop_source, status
-from client.owner_words import offer_lines
-from client.sources import SOURCE, make_source, read_source, records_of, set_source, training_records
-from shared import wire
+from client.home.home import open_home
+from client.home.sources import SOURCE, make_source, read_source, records_of, set_source, training_records
+from client.owner.consent import examine_offer
+from client.owner.forget import forget
+from client.owner.owner import choose_source, drop_source, status
+from client.owner.words import offer_lines
+from client.training.device import OwnedDevice
 from shared.config import load_scenario
 from shared.datasets.records import Record
 from shared.errors import CampaignError, DataError, StoreError
-from shared.policy import PROTOCOL, read_policy
+from shared.privacy.policy import PROTOCOL, read_policy
+from shared.protocol import wire
 from simulations.publish import WORDS
 from sottovoce.cli import main
 
@@ -163,14 +163,16 @@ def test_a_folder_is_read_only_after_the_round_is_spent(homes, published, data, 
     home = homes.make_home(tmp_path / "home", published)
     choose_source(home, make_source(data, format="jsonl", columns=COLUMNS))
     order = []
-    spend, read = OwnedDevice.spend, client.sources.read_folder
+    spend, read = OwnedDevice.spend, client.home.sources.read_folder
 
     def spent():
         with home.ledger() as ledger:
             return [standing.spent for standing in ledger.consents()]
 
     monkeypatch.setattr(OwnedDevice, "spend", lambda *a: (spend(*a), order.append(("spent", spent())))[0])
-    monkeypatch.setattr(client.sources, "read_folder", lambda *a, **k: order.append(("read", spent())) or read(*a, **k))
+    monkeypatch.setattr(
+        client.home.sources, "read_folder", lambda *a, **k: order.append(("read", spent())) or read(*a, **k)
+    )
     assert homes.ask(home, published.campaign, policy_sha256="0" * 64)[0] == "POLICY"
     assert homes.ask(home, published.campaign, round_number=99)[0] == "ROUND"
     assert order == []
@@ -256,7 +258,7 @@ class TestRecords:
         home = homes.make_home(tmp_path / "home")
         choose_source(home, make_source(data, format="jsonl", columns=COLUMNS))
         (home.folder / "vault").rename(tmp_path / "gone")
-        monkeypatch.setattr(client.sources, "read_folder", lambda *_, **__: pytest.fail("the folder was read"))
+        monkeypatch.setattr(client.home.sources, "read_folder", lambda *_, **__: pytest.fail("the folder was read"))
         assert records_of(home) == ()
         assert training_records(home, policy_sha256="0" * 64, task="rating", added="next-campaign") == ()
 
@@ -280,9 +282,9 @@ class TestFeatures:
     def test_only_what_is_new_is_computed_and_what_is_gone_is_dropped(self, rules, world, monkeypatch):
         device, fresh = world(rules["next-round"], "device"), world(rules["next-round"], "fresh")
         computed = []
-        real = client.inputs.compute_hidden
+        real = client.training.inputs.compute_hidden
         monkeypatch.setattr(
-            client.inputs, "compute_hidden", lambda b, ids, **k: computed.append(ids) or real(b, ids, **k)
+            client.training.inputs, "compute_hidden", lambda b, ids, **k: computed.append(ids) or real(b, ids, **k)
         )
         twice = device.sums(1, *FIRST, (FIRST[0][0], 5))  # two records of one text
         assert (len(computed), len(self.kept(device.home)["lengths"])) == (3, 3)
@@ -305,7 +307,7 @@ class TestFeatures:
         assert device.sums(2, *FIRST) == first == fresh.sums(1, *FIRST)
 
     def test_more_than_fits_is_computed_in_every_round(self, rules, world, monkeypatch):
-        monkeypatch.setattr(client.inputs, "_MOST_SEALED_BYTES", 100)
+        monkeypatch.setattr(client.training.inputs, "_MOST_SEALED_BYTES", 100)
         device = world(rules["next-round"], "device")
         assert device.sums(1, *FIRST) == device.sums(2, *FIRST)
         assert device.home.vault().names("features/") == []

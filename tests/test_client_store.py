@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from client.keystore import file_keystore
-from client.store import RecordStore
-from client.vault import create_vault, open_vault
+from client.home.store import RecordStore
+from client.vault.keystore import file_keystore
+from client.vault.vault import create_vault, open_vault
 from shared.datasets.records import Record
 from shared.errors import DataError, StoreError
 
@@ -74,9 +74,9 @@ def test_more_files_than_digits_keep_their_order(store, vault, monkeypatch):
 
 
 def client_store():
-    import client.store
+    import client.home.store
 
-    return client.store
+    return client.home.store
 
 
 @pytest.mark.parametrize(
@@ -240,9 +240,9 @@ def test_two_writers_lose_nothing(home, store, monkeypatch):
 
 def test_a_crash_keeps_all_of_an_add_or_nothing(home, store, crash_at_each_step):
     store.add([RECORD])
-    code = f"""vault = client.vault.open_vault(home / "vault", client.keystore.file_keystore(home))
-record = client.store.Record(text={SENTINEL!r}, target=4.0, item="42", timestamp=881250949)
-client.store.RecordStore(vault).add([record] * 3)"""
+    code = f"""vault = client.vault.vault.open_vault(home / "vault", client.vault.keystore.file_keystore(home))
+record = client.home.store.Record(text={SENTINEL!r}, target=4.0, item="42", timestamp=881250949)
+client.home.store.RecordStore(vault).add([record] * 3)"""
     found = []
     for crashed in crash_at_each_step(home, code):
         again = RecordStore(open_vault(crashed / "vault", file_keystore(crashed)))
@@ -256,7 +256,7 @@ client.store.RecordStore(vault).add([record] * 3)"""
 
 def test_the_owner_s_side_loads_no_training_package():
     code = (
-        "import sys, client.keystore, client.vault, client.store, client.sealed_heads, keyring; "
+        "import sys, client.vault.keystore, client.vault.vault, client.home.store, client.home.sealed_heads, keyring; "
         "heavy = {'torch', 'flwr', 'transformers', 'onnxruntime'} & set(sys.modules); "
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )

@@ -5,16 +5,16 @@ import pytest
 import scipy.stats
 import torch
 
-from client.train import make_trainable, train_shared
-from shared.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
-from shared.clipping import clipped_sum
+from client.training.train import make_trainable, train_shared
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import PrivacyError, RefusedError
-from shared.features import Features, compute_features
-from shared.head import RatingHead
-from shared.noise import GRID_SIGMA, SeededRandomness
-from shared.policy import Policy
-from shared.tasks import Scores
+from shared.heads.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
+from shared.heads.head import RatingHead
+from shared.heads.tasks import Scores
+from shared.models.features import Features, compute_features
+from shared.privacy.clipping import clipped_sum
+from shared.privacy.noise import GRID_SIGMA, SeededRandomness
+from shared.privacy.policy import Policy
 
 ADAPTER = AdapterConfig(rank=2, whitened_features=8)
 
@@ -143,7 +143,7 @@ def test_micro_batches_do_not_change_the_sum(setting):
 def test_it_does_not_matter_when_gradients_are_clipped(setting, monkeypatch):
     policy = setting.policy(clip_norm=0.05)
     together = flat(setting.update(policy, micro_batch=40))
-    monkeypatch.setattr("client.optimizer._MAX_WAITING", 1)  # every micro-batch at once
+    monkeypatch.setattr("client.training.optimizer._MAX_WAITING", 1)  # every micro-batch at once
     np.testing.assert_allclose(flat(setting.update(policy, micro_batch=40)), together, rtol=1e-4, atol=1e-6)
 
 
@@ -204,7 +204,8 @@ def test_taken_alone_no_record_moves_another(setting):
 
     def integers(**arguments):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("client.optimizer.clipped_sum", lambda *a, **k: sums.append(clipped_sum(*a, **k)) or sums[-1])
+            seen = lambda *a, **k: sums.append(clipped_sum(*a, **k)) or sums[-1]  # noqa: E731
+            patch.setattr("client.training.optimizer.clipped_sum", seen)
             sums.clear()
             setting.update(policy, micro_batch=1, **arguments)
         return torch.cat([torch.stack(column).sum(0).ravel() for column in zip(*sums, strict=True)])
@@ -254,7 +255,7 @@ def test_without_privacy_the_step_is_the_plain_summed_gradient(setting):
 
 def test_poisson_draws_are_independent_bernoulli(setting):
     """Marginals, pairs and the spread of the batch size; a shuffled fixed-size batch would have none."""
-    from client.train import _draw
+    from client.training.train import _draw
 
     rate, count, trials = 0.3, 40, 4000
     drawn = np.zeros((trials, count))

@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-import client.vault
-from client.keystore import file_keystore
-from client.private_files import temporary_of
-from client.vault import MAGIC, create_vault, open_vault, shred_vault
+import client.vault.vault
+from client.vault.keystore import file_keystore
+from client.vault.private_files import temporary_of
+from client.vault.vault import MAGIC, create_vault, open_vault, shred_vault
 from shared.errors import StoreError
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +187,7 @@ def test_keys_are_new_in_every_vault(tmp_path):
 
 def test_no_plaintext_and_no_half_file_survives_a_crash(home, vault, crash_at_each_step):
     vault.seal("records/1", b"old")
-    code = f"""vault = client.vault.open_vault(home / "vault", client.keystore.file_keystore(home))
+    code = f"""vault = client.vault.vault.open_vault(home / "vault", client.vault.keystore.file_keystore(home))
 vault.seal("records/1", {SENTINEL!r} * 100)
 vault.seal("new/1", {SENTINEL!r} * 100)"""
     found, left_over = [], 0
@@ -236,8 +236,8 @@ def test_a_full_disk_leaves_the_old_file(home, vault):
     code = f"""
 import resource, sys
 from pathlib import Path
-from client.keystore import file_keystore
-from client.vault import open_vault
+from client.vault.keystore import file_keystore
+from client.vault.vault import open_vault
 from shared.errors import StoreError
 home = Path(sys.argv[1])
 vault = open_vault(home / "vault", file_keystore(home))
@@ -261,7 +261,7 @@ print(sorted({{"torch", "flwr"}} & set(sys.modules)))
 
 
 def test_too_much_for_one_message_is_refused(vault, monkeypatch):
-    monkeypatch.setattr(client.vault, "_MAX_BYTES", 10)
+    monkeypatch.setattr(client.vault.vault, "_MAX_BYTES", 10)
     vault.seal("records/1", bytes(10))
     with pytest.raises(StoreError, match="at most 10 bytes, got 11"):
         vault.seal("records/1", bytes(11))
@@ -305,7 +305,7 @@ def test_a_vault_needs_the_ledger_s_key(tmp_path):
 
 def test_an_interrupted_making_is_made_again(tmp_path, crash_at_each_step):
     file_keystore(tmp_path / "home").write("ledger-key", LEDGER_KEY)
-    code = "client.vault.create_vault(home / 'vault', client.keystore.file_keystore(home))"
+    code = "client.vault.vault.create_vault(home / 'vault', client.vault.keystore.file_keystore(home))"
     made = []
     for home in crash_at_each_step(tmp_path / "home", code):
         made.append((home / "vault" / "key").exists())
@@ -347,7 +347,7 @@ def test_shredding_overwrites_the_keys(home):
 def test_a_crash_while_shredding_opens_nothing_and_is_completed(home, vault, crash_at_each_step):
     for name in ("records/1", "records/2", "features/ab"):
         vault.seal(name, SENTINEL)
-    code = "client.vault.shred_vault(home / 'vault', client.keystore.file_keystore(home))"
+    code = "client.vault.vault.shred_vault(home / 'vault', client.vault.keystore.file_keystore(home))"
     copies = crash_at_each_step(home, code)
     states = []
     for crashed in copies:

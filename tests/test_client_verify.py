@@ -14,16 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import TensorProto, helper
 from safetensors.numpy import load, save
 
-import client.runtime
-from client.artifact import ADAPTER, MANIFEST, MODEL, SIGNATURE, TOKENIZER, sign_folder, sign_manifest
-from client.home import open_home
-from client.join import Service
-from client.owner import roll_back
-from client.private_head import personalize
-from client.runtime import base_id, open_base
-from client.session import open_session
-from client.vault import signing_key
-from client.verify import (
+import client.runtime.runtime
+from client.export.private_head import personalize
+from client.home.home import open_home
+from client.owner.owner import roll_back
+from client.owner.verify import (
     SEQUENCE,
     highest_sequence,
     keep_head,
@@ -32,8 +27,13 @@ from client.verify import (
     reactivate,
     trusted_operators,
 )
+from client.runtime.artifact import ADAPTER, MANIFEST, MODEL, SIGNATURE, TOKENIZER, sign_folder, sign_manifest
+from client.runtime.runtime import base_id, open_base
+from client.runtime.session import open_session
+from client.service.join import Service
+from client.vault.vault import signing_key
 from shared.errors import HeadError, StoreError
-from shared.signing import fingerprint, load_private, signature_file
+from shared.protocol.signing import fingerprint, load_private, signature_file
 from sottovoce.cli import main
 
 TEXTS = ["Fargo (1996). Crime, Drama, Thriller", "Heat (1995). Action", "It rained for three days."]
@@ -324,7 +324,7 @@ def test_files_swapped_after_the_check_have_no_effect(home, place):
 
 
 def test_a_file_swapped_between_manifest_and_model_is_refused(home, place, monkeypatch):
-    read = client.runtime.read_manifest
+    read = client.runtime.runtime.read_manifest
 
     def swap(*args, **kwargs):
         found = read(*args, **kwargs)
@@ -333,7 +333,7 @@ def test_a_file_swapped_between_manifest_and_model_is_refused(home, place, monke
         new.replace(place / "base" / MODEL)
         return found
 
-    monkeypatch.setattr(client.runtime, "read_manifest", swap)
+    monkeypatch.setattr(client.runtime.runtime, "read_manifest", swap)
     bad_base(home, place, "sha256")
 
 
@@ -379,10 +379,10 @@ def test_the_command_says_that_the_bare_base_answers(home, place, capsys):
 
 
 def test_the_service_s_socket_verifies_as_the_command_does(home, place, fleet, monkeypatch):
-    import client.verify
+    import client.owner.verify
 
     opened = []
-    monkeypatch.setattr(client.verify, "open_home_base", lambda *args, **settings: opened.append(args) or fleet)
+    monkeypatch.setattr(client.owner.verify, "open_home_base", lambda *args, **settings: opened.append(args) or fleet)
     service = Service(home, base=place / "base")
     wanted = [float(value) for value in open_personal(home, fleet).model.predict(TEXTS)]
     assert service.predict(TEXTS) == {"predictions": wanted, "problem": None}

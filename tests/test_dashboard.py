@@ -20,19 +20,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from client.beside import NO_HEAD, Compared, Numbers, open_beside
-from client.control import serve_control
-from client.dashboard import build_page
-from client.dashboard_parts import POLICY
-from client.dashboard_trial import numbers_page
-from client.generation import Generator
-from client.home import open_home
-from client.join import Service
-from client.models import open_models
-from client.owner import history, set_paused, status
-from client.page_guard import Session
-from client.serve import build_app
-from client.verify import open_home_base, open_personal
+from client.dashboard.beside import NO_HEAD, Compared, Numbers, open_beside
+from client.dashboard.guard import Session
+from client.dashboard.parts import POLICY
+from client.dashboard.server import build_page
+from client.dashboard.trial import numbers_page
+from client.home.home import open_home
+from client.owner.owner import history, set_paused, status
+from client.owner.verify import open_home_base, open_personal
+from client.runtime.generation import Generator
+from client.serve.models import open_models
+from client.serve.server import build_app
+from client.service.control import serve_control
+from client.service.join import Service
 from shared.errors import HeadError, StoreError
 from sottovoce.cli import main
 
@@ -492,7 +492,7 @@ def test_both_answers_in_words_are_those_of_the_endpoint(words, dashboards):
 
 
 def test_words_of_a_model_cannot_leave_their_place(words, dashboards, monkeypatch):
-    monkeypatch.setattr("client.dashboard_trial.read_pieces", lambda answer: iter(["</p><b>x", "<script>y"]))
+    monkeypatch.setattr("client.dashboard.trial.read_pieces", lambda answer: iter(["</p><b>x", "<script>y"]))
     with dashboards.entered(words.home, beside=words.beside) as page:
         text = page.post("try", asked="</textarea><script>z</script>", length="16").text
     assert "<script" not in text
@@ -519,7 +519,7 @@ def test_nothing_asked_is_logged(words, dashboards, monkeypatch, caplog, capfd):
         def fail(*_, **__):
             raise RuntimeError("mysecret")
 
-        monkeypatch.setattr("client.beside.prepare", fail)
+        monkeypatch.setattr("client.dashboard.beside.prepare", fail)
         response = page.post("try", asked="mysecret", length="16")
         assert response.status_code == 500
         assert "mysecret" not in response.text
@@ -624,6 +624,6 @@ def test_a_store_error_is_named(home, dashboards, monkeypatch):
     def fail(*_):
         raise StoreError("the disk must have room, it has none.")
 
-    monkeypatch.setattr("client.dashboard.set_paused", fail)
+    monkeypatch.setattr("client.dashboard.server.set_paused", fail)
     with dashboards.entered(home) as page:
         assert "The disk must have room, it has none." in seen(page.post("pause"))

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from client.beside import open_beside
-from client.generation import Generator
-from client.home import Home, open_home
-from client.owner import history, status
+from client.dashboard.beside import open_beside
+from client.home.home import Home, open_home
+from client.owner.owner import history, status
+from client.runtime.generation import Generator
 
 SIZES = {"desk": {"width": 1280, "height": 800}, "phone": {"width": 360, "height": 780}}
 TEXTS = (

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from shared.accounting import DistributedMechanism, Mechanism, epsilon, epsilon_together, grid_excess
-from shared.adapter import MAX_ABS_VALUE
-from shared.clipping import _ROUNDING_MARGIN
-from shared.noise import GRID_SIGMA
-from shared.promise import _COARSEST
-from shared.wire import REFUSALS
+from shared.heads.adapter import MAX_ABS_VALUE
+from shared.privacy.accounting import DistributedMechanism, Mechanism, epsilon, epsilon_together, grid_excess
+from shared.privacy.clipping import _ROUNDING_MARGIN
+from shared.privacy.noise import GRID_SIGMA
+from shared.privacy.promise import _COARSEST
+from shared.protocol.wire import REFUSALS
 
 ROOT = Path(__file__).parents[1]
 PRIVACY, THREATS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("privacy.md", "threat-model.md"))

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from shared.config import Scenario, load_scenario
-from shared.processes import free_port
+from shared.flower.processes import free_port
 from simulations.study.config import load_study
 from sottovoce import cli
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from transformers import ElectraConfig, ElectraModel
 
-from client.conditions import Surroundings, unmet
-from client.personalize import PersonalMethod, PrivateOutput, personal_method
-from shared.campaign import make_head
-from shared.compatible import check_compatible, check_extensions, check_family, choices, extensions
+from client.personal.personalize import PersonalMethod, PrivateOutput, personal_method
+from client.service.conditions import Surroundings, unmet
 from shared.config import PersonalConfig, Scenario, load_scenario
 from shared.datasets import read
 from shared.errors import AssetError, CampaignError, DataError, PrivacyError, ScenarioError
-from shared.lora import inject
-from shared.metrics import METRICS, score_row
-from shared.model import load_base
-from shared.policy import Policy, read_policy
+from shared.heads.lora import inject
+from shared.metrics.ratings import METRICS, score_row
+from shared.metrics.text import judge_named
+from shared.models.model import load_base
+from shared.privacy.compatible import check_compatible, check_extensions, check_family, choices, extensions
+from shared.privacy.policy import Policy, read_policy
+from shared.protocol.campaign import make_head
 from shared.registry import KINDS
-from shared.text_metrics import judge_named
 from simulations.run import simulate
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -144,7 +144,7 @@ def _policy(named_extensions):
     ],
 )
 def test_a_personal_method_that_does_not_declare_itself_unread_is_refused(install_package, declared):
-    code = f"from client.personalize import PersonalMethod, fit_none as fit\nmine = {declared}\n"
+    code = f"from client.personal.personalize import PersonalMethod, fit_none as fit\nmine = {declared}\n"
     install_package("ext", code, {"personal_methods": {"mine": "mine"}})
     with pytest.raises(PrivacyError, match=r"'mine' .* not private at unit 'record'.*\['none', 'fine-tune', "):
         check_compatible(choices(named()))
@@ -263,7 +263,7 @@ def test_a_metric_that_gives_a_number_is_refused(install_package):
 
 def test_a_metric_that_is_not_finite_is_refused(install_package):
     code = (
-        "from shared.metrics import over_users\n"
+        "from shared.metrics.ratings import over_users\n"
         "def mine(rows):\n    return over_users([float('nan')] * len(rows.count))\n"
     )
     install_package("ext", code, {"metrics": {"mine": "mine"}})

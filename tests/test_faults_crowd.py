@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from client.app import app as client_app
-from client.site import open_site
+from client.training.site import open_site
 from server.app import run_rounds
-from shared.campaign import read_campaign
-from shared.flower import InlineGrid
-from shared.scoring import text_predictions
+from shared.flower.grid import InlineGrid
+from shared.heads.scoring import text_predictions
+from shared.protocol.campaign import read_campaign
 
 pytestmark = [
     pytest.mark.fault("R22"),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import client.app
-from client.home import open_home
+from client.home.home import open_home
 from server.app import run_rounds
 from server.checkpoint import checkpoint_path, last_checkpoint, load_checkpoint, put_aside
 from server.judge import Judge

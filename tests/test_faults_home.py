@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from client.consent import agree
-from client.device import forget_workbenches
-from client.private_head import personalize
-from client.runtime import base_id
-from client.store import RecordStore
+from client.export.private_head import personalize
+from client.home.store import RecordStore
+from client.owner.consent import agree
+from client.runtime.runtime import base_id
+from client.training.device import forget_workbenches
 from shared.errors import CampaignError, LedgerError, PrivacyError, SottovoceError
-from shared.signing import load_private, sign_policy
+from shared.protocol.signing import load_private, sign_policy
 
 
 def everything_in(folder):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import client.app
-from client.device import OwnedDevice
-from client.home import open_home
+from client.home.home import open_home
+from client.training.device import OwnedDevice
 from server.rounds import read_rounds
-from shared import wire
-from shared.secure_sum import Survivors
+from shared.protocol import wire
+from shared.secure_sum.messages import Survivors
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -18,7 +18,7 @@ from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDi
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from shared import wire
+from shared.protocol import wire
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -8,12 +8,9 @@ import pytest
 import torch
 from safetensors.numpy import load
 
-from client.attributes import read_profile, write_profile
-from client.persona import choose_persona, declared_persona, weigh_personas
-from client.site import open_workbench
-from shared.accounting import epsilon
-from shared.adapter import load_shared, load_start, make_start, part_of, shared_parameters, trained_slots
-from shared.campaign import certify
+from client.home.attributes import read_profile, write_profile
+from client.personal.persona import choose_persona, declared_persona, weigh_personas
+from client.training.site import open_workbench
 from shared.config import (
     AdapterConfig,
     FederationConfig,
@@ -25,11 +22,14 @@ from shared.config import (
     TrainingConfig,
 )
 from shared.errors import PrivacyError, ScenarioError
-from shared.features import compute_hidden
-from shared.head import make_head
-from shared.noise import SecureRandomness
-from shared.promise import check_price
-from shared.tasks import Scores
+from shared.heads.adapter import load_shared, load_start, make_start, part_of, shared_parameters, trained_slots
+from shared.heads.head import make_head
+from shared.heads.tasks import Scores
+from shared.models.features import compute_hidden
+from shared.privacy.accounting import epsilon
+from shared.privacy.noise import SecureRandomness
+from shared.privacy.promise import check_price
+from shared.protocol.campaign import certify
 from simulations.audit import stage
 from sottovoce.cli import main
 
@@ -378,10 +378,10 @@ def test_a_choice_with_a_price_is_made_once(tiny_base, tmp_path, monkeypatch):
         tiny_base, tmp_path, name="once", blocks=0, rounds=3, trust="local", federation={"method": "ifca"},
         persona=PersonaConfig(count=2, epsilon=2.0),
     )  # fmt: skip
-    import client.round_state
+    import client.training.round_state
 
     made = []
-    monkeypatch.setattr(client.round_state, "choose_persona", lambda *_, **__: made.append(1) or 1)
+    monkeypatch.setattr(client.training.round_state, "choose_persona", lambda *_, **__: made.append(1) or 1)
     world.play()
     assert len(made) == 2  # two devices, three rounds
 

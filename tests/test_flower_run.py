@@ -96,7 +96,8 @@ def test_every_module_the_apps_import_travels(bundle):
         if module in here and module not in seen:
             seen.add(module)
             todo += [*imported_by(ROOT / here[module]), module.rpartition(".")[0]]
-    assert {"simulations.flower_app", "client.app", "simulations.run", "client.site", "shared.flower"} <= seen
+    entries = {"simulations.flower_app", "client.app", "simulations.run", "client.training.site", "shared.flower.grid"}
+    assert entries <= seen
     assert seen <= set(travelling), seen - set(travelling)
     assert "simulations/scenarios/movielens.toml" in names
 

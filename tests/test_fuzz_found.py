@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from client.chat import compile_template, read_chat
-from client.device_key import _read as read_device_key
-from client.join import read_invitation
-from client.ledger import open_ledger
-from client.ledger_book import read_anchor
-from client.session import open_session
+from client.ledger.book import read_anchor
+from client.ledger.ledger import open_ledger
+from client.owner.device_key import _read as read_device_key
+from client.runtime.chat import compile_template, read_chat
+from client.runtime.session import open_session
+from client.service.join import read_invitation
 from server.aggregate import OptimizerState
 from server.certificates import new_authority, renew_certificate
 from server.checkpoint import Checkpoint, Counts, _hash_state, load_checkpoint, save_checkpoint
@@ -27,10 +27,8 @@ from server.folder import create_server, open_server
 from server.rounds import last_begun, note_begun, read_rounds
 from server.status import status
 from shared import datasets
-from shared.campaign import check_promise, read_resumed
 from shared.config import load_scenario
 from shared.datasets.folder import read_folder
-from shared.enrolment import check_public_key
 from shared.errors import (
     AssetError,
     CampaignError,
@@ -43,7 +41,9 @@ from shared.errors import (
     StoreError,
 )
 from shared.files import read_json_lines
-from shared.gguf import RECORD, _verify
+from shared.models.gguf import RECORD, _verify
+from shared.protocol.campaign import check_promise, read_resumed
+from shared.protocol.enrolment import check_public_key
 from simulations.fuzz.campaigns import SCENARIO, device_key, device_line, example
 from simulations.fuzz.devices import _model
 

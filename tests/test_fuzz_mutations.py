@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import DataError
-from simulations import bench_fuzz
+from simulations.bench import fuzz as bench_fuzz
 from simulations.fuzz import targets
 from simulations.fuzz.mutations import HOSTILE_JSON, LARGEST, WAYS, Edit, draw_edits, mutate
 from simulations.fuzz.parsers import Parser, Target, attempt, authentic, make_input

@@ -10,8 +10,8 @@ from shared.assets import resolve
 from shared.config import TaskConfig, load_scenario
 from shared.datasets import Dataset, Record, UserData, read
 from shared.errors import DataError, ScenarioError
-from shared.lamp import MOVIE_TAGS, NEWS_CATEGORIES, Answers, read_answers, score, write_answers
-from shared.text_metrics import rouge
+from shared.metrics.lamp import MOVIE_TAGS, NEWS_CATEGORIES, Answers, read_answers, score, write_answers
+from shared.metrics.text import rouge
 from simulations.lamp import TAGS, check_labels, make, write_predictions
 from simulations.run import simulate
 from sottovoce.cli import main

@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.site import TextFeatures, resident_base, resident_dataset
-from shared.adapter import make_start
+from client.training.site import TextFeatures, resident_base, resident_dataset
 from shared.config import load_scenario
 from shared.datasets import Dataset, Record, UserData
 from shared.datasets.candidates import with_candidates
 from shared.errors import DataError, ScenarioError
-from shared.features import Features
-from shared.head import make_head
-from shared.language_metrics import TokenScores, score_tokens
-from simulations.next_utterance import NextUtterance
-from simulations.observe_language import LanguageObserver
+from shared.heads.adapter import make_start
+from shared.heads.head import make_head
+from shared.metrics.language import TokenScores, score_tokens
+from shared.models.features import Features
+from simulations.observe.language import LanguageObserver
+from simulations.observe.next_utterance import NextUtterance
 from simulations.run import simulate
 
 

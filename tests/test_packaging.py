@@ -1,5 +1,6 @@
 """What travels, what is imported, and that the documentation speaks of what is there."""
 
+import ast
 import json
 import re
 import shlex
@@ -7,11 +8,12 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from shared.audits import read_audit
+from shared.protocol.audits import read_audit
 from sottovoce import cli
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,35 @@ def test_server_and_client_never_import_each_other_and_shared_imports_neither():
     assert "sottovoce" not in imports_of("simulations")
 
 
+def rooms_and_imports() -> dict[str, set[str]]:
+    """Every folder of modules, and every module that stands in none, with those it imports."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
+
+    def room(module: str) -> str:
+        return ".".join(module.split(".")[:2]) if module.count(".") > 1 else module
+
+    rooms: dict[str, set[str]] = {}
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
+                for name in node.names:
+                    full = f"{node.module}.{name.name}"
+                    rooms.setdefault(room(module), set()).add(room(full if full in modules else node.module))
+    return {name: taken - {name} for name, taken in rooms.items()}
+
+
+def test_no_room_imports_one_that_imports_it():
+    rooms = rooms_and_imports()
+    assert {"client.ledger", "shared.privacy", "simulations.bench"} <= rooms.keys()
+    TopologicalSorter(rooms).prepare()  # raises CycleError and names the circle
+
+
 def test_only_shared_flower_modules_touch_the_internals_of_flower():
     internals = re.compile(r"^\s*(?:from|import) flwr(?!\.(?:app|clientapp|serverapp|simulation)[. ])", re.MULTILINE)
     assert internals.search("    from flwr.superlink.main import create_app")
@@ -45,7 +76,7 @@ def test_only_shared_flower_modules_touch_the_internals_of_flower():
         for path in (ROOT / package).rglob("*.py")
         if internals.search(path.read_text(encoding="utf-8"))
     }
-    starts_its_command = {"client/supernode.py"}  # in the text of a program for a child
+    starts_its_command = {"client/service/supernode.py"}  # in the text of a program for a child
     assert starts_its_command < touching
     assert all(path.startswith("shared/flower") for path in touching - starts_its_command), touching
 

@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import simulations.publish
-from shared.accounting import calibrate_noise, epsilon
-from shared.campaign import read_campaign
-from shared.compatible import extensions
 from shared.config import load_scenario
-from shared.noise import GRID_SIGMA
-from shared.policy import hash_arrays, hash_settings
-from shared.signing import fingerprint, load_private, load_public, sign_policy
+from shared.privacy.accounting import calibrate_noise, epsilon
+from shared.privacy.compatible import extensions
+from shared.privacy.noise import GRID_SIGMA
+from shared.privacy.policy import hash_arrays, hash_settings
+from shared.protocol.campaign import read_campaign
+from shared.protocol.signing import fingerprint, load_private, load_public, sign_policy
 from simulations.publish import WORDS, constant_lines, describe, lines, publish
 from sottovoce.cli import main
 
@@ -379,7 +379,7 @@ def test_the_operators_own_key_does_not_make_a_broken_promise_good(place, refuse
 def test_a_private_part_that_the_shared_step_reads_is_refused(place, refused, install_package):
     """Settings, policy and signature agree; only rule P1 speaks against it."""
     code = (
-        "from client.personalize import PersonalMethod, fit_ridge\n"
+        "from client.personal.personalize import PersonalMethod, fit_ridge\n"
         "joint = PersonalMethod(fit_ridge, read_by_shared_step=True, summary='read by the shared step')\n"
     )
     install_package("joint_package", code, {"personal_methods": {"joint": "joint"}})

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-import shared.products as products
-from client.train import make_trainable
-from shared.products import Frozen, FrozenLinear, in_float32, quicken, resolve_precision
+import shared.models.products as products
+from client.training.train import make_trainable
+from shared.models.products import Frozen, FrozenLinear, in_float32, quicken, resolve_precision
 
 FP32, MIXED = 1e-5, 3e-2  # relative error of a gradient against torch's own float32
 

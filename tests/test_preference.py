@@ -10,21 +10,21 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from client.inputs import read_inputs
-from client.reading import read_jsonl
-from client.site import open_workbench
+from client.owner.reading import read_jsonl
+from client.training.inputs import read_inputs
+from client.training.site import open_workbench
 from server.holdout import Examiner, read_holdout
 from shared.config import AdapterConfig, ModelConfig, Scenario, TaskConfig, load_scenario
 from shared.datasets import read
 from shared.datasets.pairs import pairs_of_ratings
 from shared.datasets.records import Record
 from shared.errors import DataError, ScenarioError
-from shared.features import Features, compute_hidden
-from shared.head import make_head
-from shared.model import LlamaFamily
-from shared.pairs import PairTargets, check_apart, join, joined_labels
-from shared.preference_metrics import PairScores, accuracy_difference, score_pairs
-from shared.tasks import IGNORE, encode_pairs
+from shared.heads.head import make_head
+from shared.heads.pairs import PairTargets, check_apart, join, joined_labels
+from shared.heads.tasks import IGNORE, encode_pairs
+from shared.metrics.preference import PairScores, accuracy_difference, score_pairs
+from shared.models.features import Features, compute_hidden
+from shared.models.model import LlamaFamily
 from simulations.run import simulate
 
 KEYS = (

@@ -7,22 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from client.personalize import PERSONAL_METHODS, fit_ridge
-from client.train import make_trainable
-from shared.adapter import load_shared
-from shared.compatible import Choices, check_compatible
+from client.personal.personalize import PERSONAL_METHODS, fit_ridge
+from client.training.train import make_trainable
 from shared.config import PERSONAL_NAMES, PersonalConfig
 from shared.errors import PrivacyError, ScenarioError
-from shared.head import RatingHead, pooled_features
-from shared.lora import FEDERATION_METHODS, TECHNIQUES
+from shared.heads.adapter import load_shared
+from shared.heads.head import RatingHead, pooled_features
+from shared.heads.lora import FEDERATION_METHODS, TECHNIQUES
+from shared.privacy.compatible import Choices, check_compatible
 from shared.registry import names
 
 UNITS = ("record", "user")
 TRUSTS = ("local", "none", "central", "distributed")
 
 OUTSIDE = """
-from client.personalize import PersonalMethod, fit_none
-from shared.lora import FederationMethod, inject_lora
+from client.personal.personalize import PersonalMethod, fit_none
+from shared.heads.lora import FederationMethod, inject_lora
 output_only = FederationMethod(("output",), "of a test")
 apart = PersonalMethod(fit_none, read_by_shared_step=False, summary="fitted afterwards")
 joint = PersonalMethod(fit_none, read_by_shared_step=True, summary="in the forward pass of the shared step")

@@ -14,15 +14,15 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 
 import client.app
 import server.strategy
-from client.home import open_home
-from client.train import train_shared
+from client.home.home import open_home
+from client.training.train import train_shared
 from server.app import run_rounds
-from shared import wire
-from shared.campaign import read_campaign
 from shared.config import load_scenario
 from shared.errors import CampaignError, ScenarioError
-from shared.noise import SeededRandomness
-from shared.policy import read_policy
+from shared.privacy.noise import SeededRandomness
+from shared.privacy.policy import read_policy
+from shared.protocol import wire
+from shared.protocol.campaign import read_campaign
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def replayed(steps, monkeypatch):
 
     def use(seed=0):
         draws = steps.Replay(seed)
-        monkeypatch.setattr("client.device.SecureRandomness", lambda: draws)
+        monkeypatch.setattr("client.training.device.SecureRandomness", lambda: draws)
         return draws
 
     return use
@@ -177,11 +177,12 @@ def test_no_seed_decides_what_an_owners_device_sends(homes, home, released, tmp_
         return (one == other).mean() < 0.1
 
     with monkeypatch.context() as patch:
-        patch.setattr("client.device.SeededRandomness", lambda **_: pytest.fail("a seeded generator on a device"))
+        seeded = "client.training.device.SeededRandomness"
+        patch.setattr(seeded, lambda **_: pytest.fail("a seeded generator on a device"))
         assert unforeseen(*copies[:2])
     seed = released.campaign.scenario.seed
     monkeypatch.setattr(
-        "client.device.SecureRandomness",
+        "client.training.device.SecureRandomness",
         lambda: SeededRandomness(seed=seed, campaign="tiny", device=0, round_number=1),
     )
     assert not unforeseen(*copies[2:])

@@ -13,18 +13,18 @@ import scipy.stats
 import torch
 from opacus import GradSampleModule
 
-import client.optimizer
-import client.train
-import shared.features
-from client.optimizer import PolicyOptimizer
-from client.train import make_trainable
-from shared.adapter import shared_parameters
-from shared.clipping import clipped_sum
+import client.training.optimizer
+import client.training.train
+import shared.models.features
+from client.training.optimizer import PolicyOptimizer
+from client.training.train import make_trainable
 from shared.errors import RefusedError
-from shared.features import Features, micro_batches
-from shared.head import CausalHead, RatingHead
-from shared.lora import FEDERATION_METHODS
-from shared.noise import GRID_SIGMA, SecureRandomness, SeededRandomness
+from shared.heads.adapter import shared_parameters
+from shared.heads.head import CausalHead, RatingHead
+from shared.heads.lora import FEDERATION_METHODS
+from shared.models.features import Features, micro_batches
+from shared.privacy.clipping import clipped_sum
+from shared.privacy.noise import GRID_SIGMA, SecureRandomness, SeededRandomness
 
 LEVEL = 1e-7  # of one test of chance: a cryptographic generator has no seed to keep
 NOTHING = {"features": Features([]), "targets": []}
@@ -60,7 +60,7 @@ def wide(make):
 @pytest.fixture
 def together(monkeypatch):
     """All records in one micro-batch, however much of it is padding."""
-    monkeypatch.setattr(shared.features, "_MAX_PADDING", 1e9)
+    monkeypatch.setattr(shared.models.features, "_MAX_PADDING", 1e9)
 
 
 # Mutants: optimizers that are wrong in one way each.
@@ -185,7 +185,7 @@ def test_every_trainable_tensor_gets_the_gradient_of_each_record_alone(
 ):
     if method == "outside":
         part = "output" if task == "rating" else "lora_B"
-        code = f"from shared.lora import FederationMethod\nmine = FederationMethod(('{part}',), 'of a test')"
+        code = f"from shared.heads.lora import FederationMethod\nmine = FederationMethod(('{part}',), 'of a test')"
         install_package("ext", code, {"federation_methods": {"outside": "mine"}})
     setting = make(task, blocks=2, method=method)
     policy, seen = setting.policy(), steps.Sums(monkeypatch)
@@ -204,7 +204,7 @@ def test_every_trainable_tensor_gets_the_gradient_of_each_record_alone(
             super().__init__(head, loss_reduction="mean")
 
     assert right()
-    monkeypatch.setattr(client.train, "GradSampleModule", Mean)
+    monkeypatch.setattr(client.training.train, "GradSampleModule", Mean)
     assert not right()
 
 
@@ -361,7 +361,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("waiting", [1, 10**9])
 def test_noise_is_added_once_a_step_whatever_was_drawn(setting, steps, monkeypatch, case, waiting):
-    monkeypatch.setattr(client.optimizer, "_MAX_WAITING", waiting)
+    monkeypatch.setattr(client.training.optimizer, "_MAX_WAITING", waiting)
     arguments = dict(CASES[case])
     policy = setting.policy(**{key: arguments.pop(key) for key in ("steps", "sampling_rate") if key in arguments})
 
@@ -380,7 +380,7 @@ def test_noise_is_added_once_a_step_whatever_was_drawn(setting, steps, monkeypat
     steps.use(monkeypatch, SkipsEmptySteps if policy.steps > 1 else NoisePerMicroBatch)
     assert not once()
     steps.use(monkeypatch, PolicyOptimizer)
-    train = client.train.train_shared
+    train = client.training.train.train_shared
     for wrong in {policy.steps + 1, max(1, policy.steps - 1)} - {policy.steps}:
         changed = policy.model_copy(update={"steps": wrong})
         monkeypatch.setattr(
@@ -452,11 +452,11 @@ def test_records_enter_the_steps_by_independent_coins(make, monkeypatch, source)
     setting = make("rating", blocks=0)
     rate, steps = 2 / 7, 400
     policy, head = setting.policy(sampling_rate=rate, steps=steps), setting.fresh_head()
-    monkeypatch.setattr("client.optimizer.PolicyOptimizer", Idle)
+    monkeypatch.setattr("client.training.optimizer.PolicyOptimizer", Idle)
     np.random.seed(0)
 
     def drawn():
-        found, step, sampler = np.zeros((steps, len(setting))), itertools.count(-1), client.train._draw
+        found, step, sampler = np.zeros((steps, len(setting))), itertools.count(-1), client.training.train._draw
 
         class Watched(Features):
             def batch(self, rows):
@@ -465,14 +465,14 @@ def test_records_enter_the_steps_by_independent_coins(make, monkeypatch, source)
 
         now = [next(step)]
         with monkeypatch.context() as patch:
-            patch.setattr(client.train, "_draw", lambda *a: now.append(next(step)) or sampler(*a))
+            patch.setattr(client.training.train, "_draw", lambda *a: now.append(next(step)) or sampler(*a))
             watched = Watched([setting.features.batch([i])[0][0].numpy() for i in range(len(setting))])
             setting.train(policy, features=watched, module=head, randomness=SOURCES[source][0]())
         return found
 
     assert is_poisson(drawn(), rate)
     for sampler in (without_replacement, ShuffledPasses(), same_for_all_steps, one_coin_for_all):
-        monkeypatch.setattr(client.train, "_draw", sampler)
+        monkeypatch.setattr(client.training.train, "_draw", sampler)
         assert not is_poisson(drawn(), rate), sampler
 
 
@@ -498,7 +498,7 @@ def test_one_record_more_changes_the_sum_and_nothing_else(setting, steps, monkey
     steps.use(monkeypatch, DividesByTheBatch)
     assert not only_the_sum_moves(setting, policy, steps)
     steps.use(monkeypatch, PolicyOptimizer)
-    train = client.train.train_shared
+    train = client.training.train.train_shared
 
     def from_data(make_change):
         def changed(module, start, features, targets, *, policy, **rest):

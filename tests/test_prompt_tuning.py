@@ -12,23 +12,23 @@ import torch
 from safetensors.numpy import load, save
 from transformers import LlamaForCausalLM
 
-import shared.features
-from client.artifact import ADAPTER, MANIFEST, describe_contents, manifest_bytes
-from client.export_fleet import export_fleet
-from client.export_lm import build_lm_head
-from client.finetune import fine_tune
-from client.generation import open_generator
-from client.optimizer import PolicyOptimizer
-from client.private_head import head_logits, language_parts
-from client.soft_prompt import check_soft_export, soft_prefix
-from shared.adapter import load_shared, make_start, read_start, shared_parameters, shared_slots
-from shared.clipping import clipped_sum
+import shared.models.features
+from client.export.fleet import export_fleet
+from client.export.language_model import build_lm_head
+from client.export.private_head import head_logits, language_parts
+from client.export.soft_prompt import check_soft_export, soft_prefix
+from client.personal.finetune import fine_tune
+from client.runtime.artifact import ADAPTER, MANIFEST, describe_contents, manifest_bytes
+from client.runtime.generation import open_generator
+from client.training.optimizer import PolicyOptimizer
 from shared.config import AdapterConfig, PersonalConfig, Scenario, load_scenario
 from shared.errors import HeadError, ScenarioError
-from shared.features import Features, compute_hidden, micro_batches
-from shared.head import make_head, pooled_features
-from shared.lora import FEDERATION_METHODS, part_of, trained_parts
-from shared.noise import SeededRandomness
+from shared.heads.adapter import load_shared, make_start, read_start, shared_parameters, shared_slots
+from shared.heads.head import make_head, pooled_features
+from shared.heads.lora import FEDERATION_METHODS, part_of, trained_parts
+from shared.models.features import Features, compute_hidden, micro_batches
+from shared.privacy.clipping import clipped_sum
+from shared.privacy.noise import SeededRandomness
 from simulations.run import simulate
 
 SOFT = "prompt.embedding.weight"
@@ -150,7 +150,7 @@ def test_every_federation_method_trains_them_in_every_turn(tiny_causal, method):
 @pytest.mark.parametrize("alone", [False, True])
 def test_each_record_has_its_own_gradient_of_them(steps, tiny_causal, tiny_base, tiny_texts, monkeypatch, task, alone):
     """Opacus' against autograd, record by record; batched with others, padded."""
-    monkeypatch.setattr(shared.features, "_MAX_PADDING", 1e9)
+    monkeypatch.setattr(shared.models.features, "_MAX_PADDING", 1e9)
     more = ALONE if alone else {"prompt_tokens": 3}
     setting = (
         steps.language(tiny_causal, method="fedavg", **more)
@@ -196,7 +196,7 @@ def test_soft_tokens_and_lora_are_clipped_as_one_vector(steps, tiny_causal, monk
 
 
 def test_what_breaks_one_record_does_not_reach_the_others_through_them(steps, tiny_causal, monkeypatch):
-    monkeypatch.setattr(shared.features, "_MAX_PADDING", 1e9)
+    monkeypatch.setattr(shared.models.features, "_MAX_PADDING", 1e9)
     setting = steps.language(tiny_causal, **ALONE)
     policy = setting.policy(clip_norm=0.05)
     arrays = [setting.features.batch([i])[0][0].numpy().copy() for i in range(len(setting))]

@@ -10,21 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.attributes import read_profile, write_profile
-from client.device import OwnedDevice
-from client.generation import open_generator
-from client.home import create_home
-from client.models import open_models
-from client.prompting import entry_of, lines_before, profiled_tests, profiled_training, prompted, with_earlier
-from client.remember import Remembering, without_control
-from client.site import TextFeatures, campaign_dataset, embed_texts, resident_base, resident_dataset, trained_records
-from shared.campaign import certify, read_campaign
-from shared.compatible import check_prompt, choices
+from client.home.attributes import read_profile, write_profile
+from client.home.home import create_home
+from client.owner.remember import Remembering, without_control
+from client.personal.prompting import entry_of, lines_before, profiled_tests, profiled_training, prompted, with_earlier
+from client.runtime.generation import open_generator
+from client.serve.models import open_models
+from client.training.device import OwnedDevice
+from client.training.site import (
+    TextFeatures,
+    campaign_dataset,
+    embed_texts,
+    resident_base,
+    resident_dataset,
+    trained_records,
+)
 from shared.config import PromptConfig, load_scenario
 from shared.datasets import Dataset, Record, UserData
 from shared.errors import PrivacyError, ScenarioError, StoreError
-from shared.scoring import response_scores
-from shared.signing import fingerprint
+from shared.heads.scoring import response_scores
+from shared.privacy.compatible import check_prompt, choices
+from shared.protocol.campaign import certify, read_campaign
+from shared.protocol.signing import fingerprint
 from simulations.run import simulate
 from sottovoce.cli import main
 

@@ -9,17 +9,16 @@ import torch
 from opacus import GradSampleModule
 from sklearn.metrics import ndcg_score
 
-from client.personalize import check_task
-from client.profile import fit_profile, profile_of
-from client.site import TextFeatures
-from client.train import quiet_hooks
-from shared.adapter import make_start, read_shared
+from client.personal.personalize import check_task
+from client.personal.profile import fit_profile, profile_of
+from client.training.site import TextFeatures
+from client.training.train import quiet_hooks
 from shared.config import AdapterConfig, ModelConfig, PersonalConfig, PrivacyConfig, Scenario, TaskConfig, load_scenario
 from shared.datasets import Dataset, Record, UserData
 from shared.errors import DataError, ScenarioError
-from shared.features import compute_features
-from shared.head import make_head, pooled_features
-from shared.ranking_metrics import (
+from shared.heads.adapter import make_start, read_shared
+from shared.heads.head import make_head, pooled_features
+from shared.metrics.ranking import (
     GAINS,
     expected_gain,
     exposure,
@@ -32,9 +31,10 @@ from shared.ranking_metrics import (
     score_ranking,
     top,
 )
-from simulations.dp_popularity import clipped_counts, log_popularity, smooth
-from simulations.observe import make_observer
-from simulations.rows import Rows
+from shared.models.features import compute_features
+from simulations.observe.dp_popularity import clipped_counts, log_popularity, smooth
+from simulations.observe.observe import make_observer
+from simulations.observe.rows import Rows
 from simulations.run import simulate
 
 
@@ -227,7 +227,7 @@ def test_smoothing_takes_noise_away_and_nothing_where_there_is_none():
 @pytest.fixture
 def invented(tiny_base, tiny_texts, tmp_path, monkeypatch):
     """Two users of a catalogue of 21 texts, and an observer."""
-    monkeypatch.setattr("client.site.feature_cache", lambda: tmp_path)
+    monkeypatch.setattr("client.training.site.feature_cache", lambda: tmp_path)
     texts = [text for text in tiny_texts if text]
 
     def records(*pairs):
@@ -306,7 +306,7 @@ def test_data_that_cannot_be_ranked_are_refused(invented):
 @pytest.fixture
 def run(tiny, tiny_base, tmp_path, monkeypatch):
     """Simulate invented users: (overrides) -> (summary, folder)."""
-    monkeypatch.setattr("client.site.feature_cache", lambda: tmp_path / "features")
+    monkeypatch.setattr("client.training.site.feature_cache", lambda: tmp_path / "features")
     data = tiny.tiny_movielens(tmp_path / "data")
     body = (
         'task = {name = "ranking", negatives = 10}\nmodel.head_blocks = 0\nadapter.kernel_features = 12\n'

@@ -13,11 +13,11 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from server.checkpoint import last_checkpoint
-from shared.campaign import read_campaign
 from shared.config import load_scenario
-from shared.flower import seats
-from shared.processes import free_port, running
-from shared.ray_engine import run_ray
+from shared.flower.grid import seats
+from shared.flower.processes import free_port, running
+from shared.flower.ray_engine import run_ray
+from shared.protocol.campaign import read_campaign
 from simulations.run import simulate
 
 pytestmark = [
@@ -80,7 +80,7 @@ def where(message, context):
     """A device that tells on which node it is played."""
     import ray
 
-    from shared.flower import answer_seat
+    from shared.flower.grid import answer_seat
 
     if message.metadata.message_type != "train":
         return answer_seat(message, context)

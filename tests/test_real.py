@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.config import load_scenario
-from simulations.bench_step import measure
+from simulations.bench.step import measure
 from simulations.run import simulate
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_four_private_rounds_already_help(short_run):
 
 def test_the_heads_answer_as_torch_does(short_run):
     out, summary = short_run
-    from client.runtime import open_head
+    from client.runtime.runtime import open_head
 
     assert len(summary["heads"]) == 3
     for head in summary["heads"]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from simulations.compare import read_runs, write_comparison
-from simulations.report import write_report
+from simulations.report.compare import read_runs, write_comparison
+from simulations.report.report import write_report
 
 PLOTS = {"report": 5, "comparison": 2}  # on the page
 SIZES = {"desk": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}

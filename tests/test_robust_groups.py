@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from client.app import app as client_app
-from client.site import campaign_dataset
+from client.training.site import campaign_dataset
 from server.app import run_rounds, start_checkpoint
 from server.strategy import EqualWeights
-from shared import wire
-from shared.accounting import epsilon
-from shared.calibration import share_noise
-from shared.campaign import Campaign
-from shared.claims import claim_of
 from shared.config import PrivacyConfig, load_scenario
 from shared.errors import PrivacyError, VoidRoundError
-from shared.flower import run_inline, seats
-from shared.policy import SUM, SecureSum, grid_of, hash_settings, read_policy
-from shared.promise import check_price
+from shared.flower.grid import run_inline, seats
+from shared.privacy.accounting import epsilon
+from shared.privacy.calibration import share_noise
+from shared.privacy.claims import claim_of
+from shared.privacy.policy import SUM, SecureSum, grid_of, hash_settings, read_policy
+from shared.privacy.promise import check_price
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign
 from simulations.campaigns import _no_credentials as no_credentials
 from simulations.campaigns import open_campaign, plan_campaigns
 from simulations.run import simulate

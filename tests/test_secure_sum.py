@@ -12,13 +12,13 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import example, given, settings
 from hypothesis import strategies as hy
 
-import client.secure_sum
+import client.training.secure_sum
 import server.secure_sum
-from client.secure_sum import Participant
-from shared import masks, shamir
+from client.training.secure_sum import Participant
 from shared.errors import SecureSumError
-from shared.secure_graph import make_graph
-from shared.secure_sum import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
+from shared.secure_sum import masks, shamir
+from shared.secure_sum.graph import make_graph
+from shared.secure_sum.messages import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
 
 LEVEL = 1e-3
 POWER = 1e-6
@@ -161,7 +161,7 @@ def test_a_masked_vector_holds_a_mask_of_its_own_and_one_with_every_neighbour(su
     whole = sums.WholeSum(range(5), FIVE, coordinates=64)
     whole.advertise(range(5))
     whole.share(range(5))
-    _, mask, seed = client.secure_sum._parts(whole.devices[2]._secrets)
+    _, mask, seed = client.training.secure_sum._parts(whole.devices[2]._secrets)
     own, context = whole.devices[2].advert, whole.setting.context(range(5))
     parts = [masks.own_mask(seed, seat=2, context=context, count=64)]
     for other in (0, 1, 3, 4):
@@ -252,7 +252,7 @@ def view_of_everybody_but_two(sums, monkeypatch, vectors, *, shift, lost=()):
         assert {own.seat, other.seat} != {1, 3}  # never reconstructed
         return masks.pair_mask(private, own, other, context=context, count=count)
 
-    monkeypatch.setattr(client.secure_sum, "pair_mask", pair_mask)
+    monkeypatch.setattr(client.training.secure_sum, "pair_mask", pair_mask)
     monkeypatch.setattr(server.secure_sum, "pair_mask", served)
     whole, view = sums.WholeSum(range(5), Terms(4 - len(lost), 4, 2)), []
 
@@ -821,7 +821,7 @@ def test_a_device_that_shared_another_key_than_it_advertised_voids_the_sum(sums,
     def split(secret, **named):
         return honest(secret if split.calls else bytes(32), **named)
 
-    monkeypatch.setattr(client.secure_sum, "split", split)
+    monkeypatch.setattr(client.training.secure_sum, "split", split)
     for split.calls, seat in enumerate([9, *range(9)]):
         whole.server.add_parcels(seat, whole.devices[seat].share(whole.server.roster_for(seat), verify=sums.trusting))
     whole.server.close_parcels()

@@ -6,8 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from shared.secure_graph import _thresholds, make_graph, make_terms, needed_neighbours
-from shared.secure_sum import Terms
+from shared.secure_sum.graph import _thresholds, make_graph, make_terms, needed_neighbours
+from shared.secure_sum.messages import Terms
 
 
 def exactly(neighbours: int, threshold: int, count: int, min_survivors: int, colluders: int) -> Fraction:

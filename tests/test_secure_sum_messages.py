@@ -4,10 +4,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from client.secure_sum import Participant
+from client.training.secure_sum import Participant
 from shared.errors import SecureSumError
-from shared.secure_sum import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms, signed_message
-from shared.strict_bytes import MAX_FIELD, Reader
+from shared.secure_sum.messages import (
+    Advert,
+    Credential,
+    Parcels,
+    Roster,
+    Setting,
+    Shares,
+    Survivors,
+    Terms,
+    signed_message,
+)
+from shared.secure_sum.strict_bytes import MAX_FIELD, Reader
 
 KINDS = [Advert, Credential, Roster, Parcels, Shares, Survivors]
 TAGS = [b"SSA1", b"SSC1", b"SSR1", b"SSP1", b"SSS1", b"SSV1"]

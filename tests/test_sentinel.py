@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 
 import client.app
-import client.device
-import shared.flower
+import client.training.device
+import shared.flower.grid
+from client.home.store import RecordStore
 from client.log import describe_error
-from client.site import resident_base
-from client.store import RecordStore
-from client.vault import Vault
+from client.training.site import resident_base
+from client.vault.vault import Vault
 from server.app import run_rounds
-from shared import wire
-from shared.campaign import read_campaign
 from shared.datasets.records import Record
 from shared.errors import CampaignError
-from shared.features import compute_features
+from shared.models.features import compute_features
+from shared.protocol import wire
+from shared.protocol.campaign import read_campaign
 from sottovoce.cli import main
 
 WORDS = ("xylophagous7f3a9c1e", "Qwertzuiop8b2d4417", "ñandúes5c66e0aa")
@@ -75,13 +75,13 @@ class Watch:
         for name in ("sottovoce", "flwr", "opacus"):
             monkeypatch.setattr(logging.getLogger(name), "level", logging.DEBUG)
         root.setLevel(logging.DEBUG)  # loggers remember which levels they let through until somebody says so
-        over_the_wire = shared.flower._over_the_wire
+        over_the_wire = shared.flower.grid._over_the_wire
 
         def listen(message):
-            self.wire.append(shared.flower.message_to_proto(message).SerializeToString())
+            self.wire.append(shared.flower.grid.message_to_proto(message).SerializeToString())
             return over_the_wire(message)
 
-        monkeypatch.setattr(shared.flower, "_over_the_wire", listen)
+        monkeypatch.setattr(shared.flower.grid, "_over_the_wire", listen)
 
     def places(self) -> dict[str, bytes]:
         files = {str(path): path.read_bytes() for f in self.folders for path in Path(f).rglob("*") if path.is_file()}
@@ -127,7 +127,7 @@ def fail_with(error):
 BREAKS = {
     "a tensor that does not fit": (client.app, "train_shared", RuntimeError(f"bad value in {TEXT!r}"), "INTERNAL"),
     "no memory": (client.app, "train_shared", MemoryError(TEXT), "INTERNAL"),
-    "a key that is missing": (client.device, "read_inputs", KeyError(TEXT), "INTERNAL"),
+    "a key that is missing": (client.training.device, "read_inputs", KeyError(TEXT), "INTERNAL"),
     "a damaged record": (RecordStore, "read", ValueError(f"line 1: {TEXT}"), "INTERNAL"),
     "a character nobody can encode": (
         RecordStore,
@@ -135,7 +135,7 @@ BREAKS = {
         UnicodeEncodeError("ascii", TEXT, 0, 1, "ordinal not in range"),
         "INTERNAL",
     ),
-    "a database that quotes": (client.device.OwnedDevice, "release", sqlite3.IntegrityError(TEXT), "INTERNAL"),
+    "a database that quotes": (client.training.device.OwnedDevice, "release", sqlite3.IntegrityError(TEXT), "INTERNAL"),
 }
 
 

@@ -10,11 +10,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from server.aggregate import OptimizerState, adam_step, mean_update, momentum_step
 from server.checkpoint import Checkpoint, Counts, last_checkpoint, load_checkpoint, save_checkpoint
 from server.gate import RejectedReply, check_reply
-from shared import wire
 from shared.config import FederationConfig
 from shared.errors import CampaignError
-from shared.flower import InlineGrid, round_trip_bytes
-from shared.policy import Policy
+from shared.flower.grid import InlineGrid, round_trip_bytes
+from shared.privacy.policy import Policy
+from shared.protocol import wire
 
 POLICY = Policy(
     protocol=1, campaign="c", trust="local", unit="record", relation="add-or-remove-one", epsilon=8.0, delta=1e-5,

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from server.credentials import certify_devices, credentials
 from server.folder import create_server
 from server.register import enrol, read_register, revoke
-from shared.enrolment import check_certificate
 from shared.errors import ServerError
-from shared.signing import load_public
+from shared.protocol.enrolment import check_certificate
+from shared.protocol.signing import load_public
 from sottovoce.cli import main
 
 NOW = datetime(2030, 5, 1, tzinfo=UTC)

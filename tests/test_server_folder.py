@@ -14,9 +14,9 @@ from flwr.supercore.auth import load_superexec_auth_secret
 
 from server.folder import CAMPAIGN_FILES, ServerSettings, add_invitation, create_server, open_server
 from server.register import read_register
-from shared.campaign import verify_campaign
 from shared.errors import ServerError
-from shared.signing import load_private, load_public
+from shared.protocol.campaign import verify_campaign
+from shared.protocol.signing import load_private, load_public
 from sottovoce.cli import main
 from sottovoce.server_place import server_folder
 

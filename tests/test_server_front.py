@@ -19,7 +19,7 @@ from server.folder import create_server
 from server.front import MAX_BODY_BYTES, start_front
 from server.register import REGISTER_FILE
 from shared.errors import ServerError
-from shared.flower_control import fleet_paths
+from shared.flower.control import fleet_paths
 from shared.impatience import Impatient
 
 CALL, PART = "/v1/fleet/pull-messages", "/v1/fleet/push-object"

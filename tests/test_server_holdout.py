@@ -13,13 +13,13 @@ from server.checkpoint import Counts, save_checkpoint
 from server.holdout import Examiner, Holdout, read_holdout
 from server.judge import Judge, NoGoError, Rule
 from server.rounds import Score, last_begun, read_rounds
-from shared.adapter import load_shared, load_start
 from shared.assets import resolve
 from shared.datasets import Record, read
 from shared.errors import CampaignError, DataError
-from shared.features import compute_hidden
-from shared.model import load_base
-from shared.tasks import IGNORE, TASKS
+from shared.heads.adapter import load_shared, load_start
+from shared.heads.tasks import IGNORE, TASKS
+from shared.models.features import compute_hidden
+from shared.models.model import load_base
 
 
 def moved(campaign, seed=0):

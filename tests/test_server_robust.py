@@ -18,9 +18,9 @@ from server.robust import (
     norm_bound,
     trimmed_mean,
 )
-from shared.compatible import check_aggregation, liars_among
 from shared.config import AGGREGATION_NEEDS, FederationConfig, Scenario
 from shared.errors import PrivacyError, ScenarioError, TooFewRepliesError
+from shared.privacy.compatible import check_aggregation, liars_among
 
 
 def _vectors(count=9, size=7, seed=0):

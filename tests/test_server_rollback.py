@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import server.rollback
-from client.home import open_home
+from client.home.home import open_home
 from server.aggregate import SERVER_OPTIMIZERS, OptimizerState, mean_update
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import (
@@ -25,9 +25,9 @@ from server.cost import campaign_cost, cost_lines
 from server.judge import Judge, NoGoError
 from server.rollback import roll_back
 from server.rounds import Score, note_begun, read_rounds
-from shared import wire
-from shared.accounting import epsilon
 from shared.errors import CampaignError
+from shared.privacy.accounting import epsilon
+from shared.protocol import wire
 
 DEVICES = 2
 

@@ -19,8 +19,8 @@ from server.folder import create_server
 from server.register import enrol, revoke
 from server.rounds import note_begun
 from shared.errors import CampaignError, ServerError
-from shared.flower_control import Node, key_bytes
-from shared.flower_tasks import TaskError
+from shared.flower.control import Node, key_bytes
+from shared.flower.tasks import TaskError
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 

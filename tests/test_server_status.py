@@ -16,9 +16,9 @@ from server.judge import Judge
 from server.lock import alone, is_served
 from server.rounds import Score, note_begun
 from server.status import lines, status
-from shared.campaign import read_campaign
 from shared.errors import CampaignError, ServerError, SottovoceError
-from shared.signing import load_private, sign_policy
+from shared.protocol.campaign import read_campaign
+from shared.protocol.signing import load_private, sign_policy
 from sottovoce.server_cli import add_parser
 from sottovoce.server_run import _judge, round_line
 

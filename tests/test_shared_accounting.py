@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-import shared.accounting
-from shared.accounting import (
+import shared.privacy.accounting
+from shared.errors import PrivacyError
+from shared.privacy.accounting import (
     Mechanism,
     calibrate_noise,
     epsilon,
     epsilon_by_participation,
     grid_excess,
 )
-from shared.claims import Claim, no_claim, record_claim
-from shared.errors import PrivacyError
+from shared.privacy.claims import Claim, no_claim, record_claim
 
 NAN = math.nan
 CLAIM = Claim(
@@ -192,7 +192,7 @@ def test_only_the_fine_grid_certifies(monkeypatch, fine_over_coarse):
     def price(campaign: Mechanism, delta: float, grid: float) -> float:
         return 10 / campaign.noise_multiplier * (fine_over_coarse if grid <= 1e-4 else 1.0)
 
-    monkeypatch.setattr(shared.accounting, "_price", price)
+    monkeypatch.setattr(shared.privacy.accounting, "_price", price)
     noise = calibrate_noise(epsilon=2.0, delta=1e-5, sampling_rate=0.1, steps=5, max_participations=2)
     assert 2.0 * 0.998 <= price(mechanism(noise), 1e-5, 1e-4) <= 2.0
 

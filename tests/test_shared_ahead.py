@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-import shared.ahead
-from client.train import make_trainable
+import shared.models.ahead
+from client.training.train import make_trainable
 from shared.errors import ScenarioError
-from shared.features import Features
+from shared.models.features import Features
 
 LONG = "a long text about boats and hills and songs and cake and dogs and trains"
 
@@ -94,9 +94,9 @@ def test_a_layer_that_is_more_than_lora_is_left_alone(rating):
 
 def test_it_is_left_where_it_would_not_fit(rating, monkeypatch):
     setting = rating()
-    monkeypatch.setattr(shared.ahead, "_MOST_BYTES", 4 * 34 * int(setting.features.lengths.sum()) - 1)
+    monkeypatch.setattr(shared.models.ahead, "_MOST_BYTES", 4 * 34 * int(setting.features.lengths.sum()) - 1)
     assert setting.head.run_ahead(setting.features) is setting.features
-    monkeypatch.setattr(shared.ahead, "_MOST_BYTES", 4 * 34 * int(setting.features.lengths.sum()))
+    monkeypatch.setattr(shared.models.ahead, "_MOST_BYTES", 4 * 34 * int(setting.features.lengths.sum()))
     assert setting.head.run_ahead(setting.features) is not setting.features
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from shared import assets, gguf
+from shared import assets
 from shared.assets import Asset, AssetFile
 from shared.config import load_scenario
 from shared.errors import AssetError
+from shared.models import gguf
 
 CONTENTS = {"weights.bin": bytes(range(256)) * 20_000, "sub/config.json": b'{"width": 4}'}
 PREFIX = "tiny_asset/model/"

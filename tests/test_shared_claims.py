@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from shared.accounting import DistributedMechanism, Mechanism, epsilon
-from shared.claims import claim_of, no_claim, record_claim, user_claim
 from shared.errors import PrivacyError
+from shared.privacy.accounting import DistributedMechanism, Mechanism, epsilon
+from shared.privacy.claims import claim_of, no_claim, record_claim, user_claim
 
 CENTRAL = Mechanism(3.0, 1.0, 1, 20, coordinates=2000, grid_sigma=2**24)
 SHARED = DistributedMechanism(3.0, 20, 2000, shares=70, share_sigma=2.0**16)

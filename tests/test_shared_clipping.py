@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared.clipping import clipped_sum as clipped_integers
+from shared.privacy.clipping import clipped_sum as clipped_integers
 
 FINE = 2.0**-26  # of the clip norm: the grid of these tests, unless they say otherwise
 DENORMAL = 1e-42

@@ -161,7 +161,7 @@ def test_nested_columns_and_responses(tmp_path):
 
 
 def test_a_simulation_reads_columns_and_min_records(tmp_path):
-    from client.site import resident_dataset
+    from client.training.site import resident_dataset
 
     jsonl(tmp_path, ROWS)
     data = DataConfig(format="jsonl", source=str(tmp_path), columns=COLUMNS, min_records=2)

@@ -5,14 +5,14 @@ import typing
 
 import pytest
 
-from client.site import resident_dataset
+from client.training.site import resident_dataset
 from server.holdout import read_holdout
 from shared.assets import resolve
 from shared.config import DataConfig, Scenario, load_scenario
 from shared.datasets import Dataset, Record, UserData, choose_users, deal_out, read
 from shared.datasets.users import PARTS
 from shared.errors import DataError, ScenarioError
-from shared.policy import hash_settings
+from shared.privacy.policy import hash_settings
 from simulations.campaigns import exported_users
 from simulations.inspect import inspect_data
 from simulations.run import simulate

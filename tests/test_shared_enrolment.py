@@ -7,9 +7,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from shared.enrolment import certify_device, check_certificate, check_device_signature, check_public_key, sign_as_device
 from shared.errors import SecureSumError
-from shared.signing import sign
+from shared.protocol.enrolment import (
+    certify_device,
+    check_certificate,
+    check_device_signature,
+    check_public_key,
+    sign_as_device,
+)
+from shared.protocol.signing import sign
 
 CURVES = (ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1())
 OPERATOR = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.app.error import Error
 
 from shared.errors import CampaignError
-from shared.flower import (
+from shared.flower.grid import (
     InlineGrid,
     MeteredGrid,
     answer_seat,
@@ -26,7 +26,7 @@ from shared.flower import (
     run_inline,
     seats,
 )
-from shared.ray_engine import run_ray
+from shared.flower.ray_engine import run_ray
 
 # Ray drops its handles of processes that it stops by other means.
 unraisable = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -236,7 +236,7 @@ def test_a_device_imports_no_ray():
     import subprocess
 
     code = (
-        "import sys; from shared.flower import in_simulation; from flwr.app import Context, RecordDict; "
+        "import sys; from shared.flower.grid import in_simulation; from flwr.app import Context, RecordDict; "
         "c = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={'simulation': True}); "
         "sys.exit(in_simulation(c) or 'ray' in sys.modules)"
     )

@@ -16,10 +16,10 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 
 from server.gate import RejectedReply, check_reply
-from shared import flower_messages
-from shared.flower import InlineGrid, MeteredGrid
-from shared.flower_messages import Coming, WaryGrid
-from shared.flower_tasks import Task, TaskError
+from shared.flower import messages as flower_messages
+from shared.flower.grid import InlineGrid, MeteredGrid
+from shared.flower.messages import Coming, WaryGrid
+from shared.flower.tasks import Task, TaskError
 
 GOOD = RecordDict({"arrays": ArrayRecord({"a": Array(np.arange(1000.0))}), "config": ConfigRecord({"round": 3})})
 

@@ -8,17 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-import shared.head
-from client.train import make_trainable, train_shared
-from shared.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
+import shared.heads.head
+from client.training.train import make_trainable, train_shared
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import ScenarioError
-from shared.features import Features, compute_hidden
-from shared.head import CausalHead, make_head
-from shared.model import load_base
-from shared.noise import GRID_SIGMA
-from shared.policy import Policy
-from shared.tasks import IGNORE, Labels, encode_dialogues
+from shared.heads.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
+from shared.heads.head import CausalHead, make_head
+from shared.heads.tasks import IGNORE, Labels, encode_dialogues
+from shared.models.features import Features, compute_hidden
+from shared.models.model import load_base
+from shared.privacy.noise import GRID_SIGMA
+from shared.privacy.policy import Policy
 
 PAIRS = [
     ("how are you ?", "i am well ."),
@@ -182,7 +182,7 @@ def test_a_batchs_mean_would_break_the_bound_and_would_be_seen(llama, monkeypatc
 
     setting = Setting(llama)
     monkeypatch.setattr(CausalHead, "forward", batch_mean)
-    monkeypatch.setattr("shared.features._MAX_PADDING", 100.0)  # all in one batch
+    monkeypatch.setattr("shared.models.features._MAX_PADDING", 100.0)  # all in one batch
     whole, part = setting.update(clip_norm=1e3), setting.update([0, 1, 2, 3], clip_norm=1e3)
     monkeypatch.undo()
     single = setting.update([4], clip_norm=1e3)
@@ -212,7 +212,7 @@ def test_the_full_logits_are_never_in_memory(llama, monkeypatch):
     tokens = int((labels != IGNORE).sum())
     sizes = {}
     for chunk in (4, 1000):
-        monkeypatch.setattr(shared.head, "_CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(shared.heads.head, "_CHUNK_TOKENS", chunk)
         with Largest() as largest:
             losses = setting.head(hidden, mask, labels)
             losses.sum().backward()

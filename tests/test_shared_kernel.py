@@ -5,11 +5,11 @@ import pytest
 import torch
 from opacus import GradSampleModule
 
-from shared.adapter import load_start, make_start, shared_parameters, trained_slots
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import CampaignError, ScenarioError
-from shared.features import compute_features
-from shared.head import make_head, pooled_features
+from shared.heads.adapter import load_start, make_start, shared_parameters, trained_slots
+from shared.heads.head import make_head, pooled_features
+from shared.models.features import compute_features
 
 WIDTHS, WEIGHTS = (0.3, 0.05), (0.6, 0.4)
 

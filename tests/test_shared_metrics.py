@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from shared.metrics import Interval, paired_difference, score_row, user_rmse
+from shared.metrics.ratings import Interval, paired_difference, score_row, user_rmse
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.adapter import check_arrays, load_shared, make_start, read_shared, shared_parameters, trained_slots
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import AssetError, CampaignError, ScenarioError
-from shared.features import cached_features, compute_features, compute_hidden
-from shared.head import RatingHead, pooled_features
-from shared.model import load_base
+from shared.heads.adapter import check_arrays, load_shared, make_start, read_shared, shared_parameters, trained_slots
+from shared.heads.head import RatingHead, pooled_features
+from shared.models.features import cached_features, compute_features, compute_hidden
+from shared.models.model import load_base
 
 ADAPTER = AdapterConfig(rank=2, whitened_features=8, targets=("output.dense", "attention.self.query"))
 
@@ -55,7 +55,7 @@ def test_the_cache_gives_what_was_computed_and_computes_only_what_is_new(tiny_ba
         computed.extend(token_ids)
         return compute_hidden(base, token_ids, **arguments)
 
-    monkeypatch.setattr("shared.features.compute_hidden", counting)
+    monkeypatch.setattr("shared.models.features.compute_hidden", counting)
     again = cached_features(tiny_base, [*ids[:10], ids[3]], **settings)
     assert computed == ids[8:10]
     assert torch.equal(again.batch([3])[0], again.batch([10])[0])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats as st
 
-from shared.noise import GRID_SIGMA, SeededRandomness, seeded_generator
+from shared.privacy.noise import GRID_SIGMA, SeededRandomness, seeded_generator
 
 KEY = {"seed": 7, "campaign": "c", "device": 3, "round_number": 5}
 COORDINATES = 100_000

@@ -14,10 +14,10 @@ import pytest
 import scipy.stats as st
 import torch
 
-from shared import noise
 from shared.errors import CampaignError, PrivacyError
-from shared.noise import GRID_SIGMA, SecureRandomness, SeededRandomness
-from simulations import bench_noise
+from shared.privacy import noise
+from shared.privacy.noise import GRID_SIGMA, SecureRandomness, SeededRandomness
+from simulations.bench import noise as bench_noise
 
 LEVEL = 1e-3
 POWER = 1e-6

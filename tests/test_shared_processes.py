@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from client.private_files import private_folder
-from client.supernode import NOT_ENROLLED, OFFLINE, ONLINE, WRONG_CLOCK, SuperNode
-from shared.flower_tasks import StalledError
-from shared.processes import free_port, is_ours, running, trim
+from client.service.supernode import NOT_ENROLLED, OFFLINE, ONLINE, WRONG_CLOCK, SuperNode
+from client.vault.private_files import private_folder
+from shared.flower.processes import free_port, is_ours, running, trim
+from shared.flower.tasks import StalledError
 
 
 def test_a_port_is_ours_where_a_process_of_this_user_listens(monkeypatch):

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 from pydantic import TypeAdapter
 
-from client.personalize import PERSONAL_METHODS
+from client.personal.personalize import PERSONAL_METHODS
 from shared import config, registry
 from shared.config import PersonalConfig
 from shared.datasets import READERS
 from shared.errors import ScenarioError
-from shared.lora import FEDERATION_METHODS, PARTS, TECHNIQUES, FederationMethod
+from shared.heads.lora import FEDERATION_METHODS, PARTS, TECHNIQUES, FederationMethod
 
 OWN = {"plain": len}
 

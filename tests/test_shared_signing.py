@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from shared.errors import CampaignError, PrivacyError
-from shared.signing import (
+from shared.protocol.signing import (
     check_signature,
     fingerprint,
     load_private,
@@ -363,7 +363,7 @@ def test_a_folder_without_a_policy_is_no_campaign(tmp_path):
 
 def test_signatures_need_neither_torch_nor_flower():
     code = (
-        "import sys, shared.signing; "
+        "import sys, shared.protocol.signing; "
         "heavy = {'torch', 'flwr', 'numpy', 'pydantic'} & set(sys.modules); "
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )

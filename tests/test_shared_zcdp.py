@@ -12,8 +12,9 @@ from dp_accounting.rdp import rdp_privacy_accountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import zcdp
-from shared.accounting import (
+from shared.errors import PrivacyError
+from shared.privacy import zcdp
+from shared.privacy.accounting import (
     DistributedMechanism,
     Mechanism,
     calibrate_distributed,
@@ -22,7 +23,6 @@ from shared.accounting import (
     epsilon_together,
     zcdp_epsilon,
 )
-from shared.errors import PrivacyError
 
 NAN = math.nan
 CAMPAIGN = DistributedMechanism(3.0, max_participations=20, coordinates=2000, shares=70, share_sigma=256.0)

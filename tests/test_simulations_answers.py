@@ -7,7 +7,7 @@ import pytest
 
 import simulations.answers as answers
 from shared.config import load_scenario
-from shared.model import load_base
+from shared.models.model import load_base
 from simulations.run import simulate
 
 BODY = """

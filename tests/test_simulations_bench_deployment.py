@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from shared.errors import CampaignError
-from simulations import bench_deployment
-from simulations.bench_deployment import checked_rounds, cpu_per_minute, lines, measure, memory, peaks
-from simulations.loopback import Fleet
-from simulations.seen_processes import Seen, see
+from simulations.bench import deployment as bench_deployment
+from simulations.bench.deployment import checked_rounds, cpu_per_minute, lines, measure, memory, peaks
+from simulations.bench.loopback import Fleet
+from simulations.bench.seen_processes import Seen, see
 
 
 def seen(*, rss, cpu_s=0.0):

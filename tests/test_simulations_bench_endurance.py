@@ -9,9 +9,9 @@ import scipy.stats
 
 from shared.errors import CampaignError
 from shared.progress import progress
-from simulations import bench_endurance
-from simulations.bench_endurance import Course, _watch, lines, measure
-from simulations.loopback import Fleet
+from simulations.bench import endurance as bench_endurance
+from simulations.bench.endurance import Course, _watch, lines, measure
+from simulations.bench.loopback import Fleet
 
 
 def course(values):

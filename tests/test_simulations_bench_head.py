@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from shared.errors import CampaignError
-from simulations import timed_answers
-from simulations.bench_about import goal, goal_lines
-from simulations.bench_head import MODELS, compare, distance, goals, lines, measure
-from simulations.timed_answers import decode
+from simulations.bench import timed_answers
+from simulations.bench.head import MODELS, compare, distance, goals, lines, measure
+from simulations.bench.timed_answers import decode
+from simulations.machine import goal, goal_lines
 
 
 def spread(value):

@@ -2,7 +2,7 @@
 
 import pytest
 
-import simulations.bench_language as bench
+import simulations.bench.language as bench
 from shared.config import load_scenario
 from shared.errors import CampaignError
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from client.ledger import Ledger
+from client.ledger.ledger import Ledger
 from shared.errors import CampaignError
-from simulations.bench_ledger import lines, measure
+from simulations.bench.ledger import lines, measure
 
 
 def test_every_time_is_measured_and_told(tmp_path):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from client.site import resident_base, resident_dataset
+from client.training.site import resident_base, resident_dataset
 from server.checkpoint import load_checkpoint, newest_first
 from shared.config import load_scenario
 from shared.errors import ScenarioError
-from simulations.bench_lora import HEADS, federate, fresh_head, lines, score
+from simulations.bench.lora import HEADS, federate, fresh_head, lines, score
 from simulations.campaigns import plan_campaigns
-from simulations.observe import RatingObserver
+from simulations.observe.observe import RatingObserver
 from simulations.run import simulate
 
 USER = (

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from shared.config import PersonalConfig, load_scenario
-from simulations import bench_methods
-from simulations.bench_methods import METHODS, lines, measure
+from simulations.bench import methods as bench_methods
+from simulations.bench.methods import METHODS, lines, measure
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-import simulations.bench_peers as bench
+import simulations.bench.peers as bench
 from shared.errors import CampaignError
-from simulations.bench_all import measure_all
+from simulations.bench.all import measure_all
 from sottovoce.cli import main
 
 
@@ -19,7 +19,7 @@ def installed(name):
 
 @pytest.fixture
 def world(tiny_world, tiny_base, tmp_path):
-    from client.site import campaign_dataset
+    from client.training.site import campaign_dataset
     from shared.config import load_scenario
 
     scenario = load_scenario(tiny_world(tmp_path))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shared.config import load_scenario
-from simulations.bench_robustness import lines, measure
+from simulations.bench.robustness import lines, measure
 
 BODY = """
 model.head_blocks = 0

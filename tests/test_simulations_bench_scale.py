@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-import client.device
-from client.device import SimulatedDevice
+import client.training.device
+from client.training.device import SimulatedDevice
 from server.aggregate import mean_update, ring_sum, sum_updates
 from server.app import run_rounds
 from server.strategy import _by_seat
-from shared import wire
-from shared.campaign import Resumed, write_resumed
 from shared.config import Scenario
 from shared.errors import CampaignError, PrivacyError
-from shared.flower import InlineGrid
-from simulations import bench_scale
+from shared.flower.grid import InlineGrid
+from shared.protocol import wire
+from shared.protocol.campaign import Resumed, write_resumed
+from simulations.bench import scale as bench_scale
 from simulations.cost_model import UNITS, fit_sum_cost, forecast, lines
 
 MEASURED = Path(__file__).parents[1] / "docs" / "measurements"
@@ -178,8 +178,8 @@ def test_devices_of_a_resumed_simulation_read_its_file_once(stand, monkeypatch):
     campaign = stand(100).campaign
     write_resumed(campaign.folder, Resumed(1, dict.fromkeys(range(100), 1)))
     reads = []
-    read = client.device.read_resumed
-    monkeypatch.setattr(client.device, "read_resumed", lambda folder: reads.append(folder) or read(folder))
+    read = client.training.device.read_resumed
+    monkeypatch.setattr(client.training.device, "read_resumed", lambda folder: reads.append(folder) or read(folder))
     grid = InlineGrid(lambda message, context: message, devices=100, run_config={"campaigns": "."})
 
     def spent(seat):

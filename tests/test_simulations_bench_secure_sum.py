@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from client.secure_sum import Participant
+from client.training.secure_sum import Participant
 from shared.errors import CampaignError
-from simulations.bench_secure_sum import STAGES, lines, measure
+from simulations.bench.secure_sum import STAGES, lines, measure
 from sottovoce.cli import main
 
 
@@ -34,6 +34,6 @@ def test_a_sum_that_is_not_exact_stops_the_benchmark(monkeypatch):
 
 
 def test_the_command_runs_it(capsys, monkeypatch):
-    monkeypatch.setattr("simulations.bench_secure_sum.measure", lambda *, rounds, quiet: {"rounds": rounds})
+    monkeypatch.setattr("simulations.bench.secure_sum.measure", lambda *, rounds, quiet: {"rounds": rounds})
     assert main(["bench", "secure-sum", "--rounds", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rounds": 3}

@@ -2,7 +2,7 @@
 
 import pytest
 
-import simulations.bench_speed as bench
+import simulations.bench.speed as bench
 from shared.errors import CampaignError
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from shared.config import PrivacyConfig, load_scenario
-from simulations import bench_statistics
-from simulations.bench_statistics import GRID, _Bench, _grid, lines, measure
+from simulations.bench import statistics as bench_statistics
+from simulations.bench.statistics import GRID, _Bench, _grid, lines, measure
 
 
 @pytest.fixture(scope="module")

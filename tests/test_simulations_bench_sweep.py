@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import simulations.bench_sweep as bench
+import simulations.bench.sweep as bench
 from shared.errors import CampaignError
 from simulations.study.config import load_study
 from simulations.study.plan import plan_runs

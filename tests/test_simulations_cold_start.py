@@ -7,19 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from client.personalize import fit_ridge
-from client.site import TextFeatures, resident_base, resident_dataset
+from client.personal.personalize import fit_ridge
+from client.training.site import TextFeatures, resident_base, resident_dataset
 from server.checkpoint import last_checkpoint
-from shared.adapter import load_start
-from shared.campaign import read_campaign
 from shared.config import load_scenario
 from shared.errors import DataError
-from shared.metrics import Interval
-from shared.scoring import text_predictions
+from shared.heads.adapter import load_start
+from shared.heads.scoring import text_predictions
+from shared.metrics.ratings import Interval
+from shared.protocol.campaign import read_campaign
 from simulations.cold_start import _curve, _mean
-from simulations.report import headline, write_report
-from simulations.results import check_summary
-from simulations.rows import Rows
+from simulations.observe.rows import Rows
+from simulations.report.report import headline, write_report
+from simulations.report.results import check_summary
 from simulations.run import simulate
 
 LEAN = ("linear.enabled=false", "statistics.enabled=false", "export.users=0", "evaluation.every_rounds=3")

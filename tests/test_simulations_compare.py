@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from shared.errors import DataError
-from simulations.compare import as_json, lines, read_runs, user_differences, write_comparison
-from simulations.results import Users
+from simulations.report.compare import as_json, lines, read_runs, user_differences, write_comparison
+from simulations.report.results import Users
 from sottovoce.cli import main
 
 Json = dict[str, Any]

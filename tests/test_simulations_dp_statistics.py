@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from shared.accounting import Mechanism, calibrate_distributed, calibrate_noise, epsilon
 from shared.config import PrivacyConfig, Scenario, StatisticsConfig, TaskConfig
 from shared.datasets import Dataset, Record, UserData
-from simulations import dp_statistics
-from simulations.dp_statistics import Statistics, clipped_sums, cosines, promise, release, sensitivity, smooth
-from simulations.rows import Rows
+from shared.privacy.accounting import Mechanism, calibrate_distributed, calibrate_noise, epsilon
+from simulations.observe import dp_statistics
+from simulations.observe.dp_statistics import Statistics, clipped_sums, cosines, promise, release, sensitivity, smooth
+from simulations.observe.rows import Rows
 
 TASK = TaskConfig()
 SETTINGS = StatisticsConfig()
@@ -190,12 +190,12 @@ def test_predictions_depend_on_the_seed_and_on_nothing_else():
 @pytest.fixture(scope="module")
 def observed(tiny_world, tmp_path_factory):
     """An observer of the tiny world, and its scenario."""
-    from client.site import resident_base, resident_dataset
-    from shared.adapter import load_start
+    from client.training.site import resident_base, resident_dataset
     from shared.config import load_scenario
-    from shared.head import make_head
+    from shared.heads.adapter import load_start
+    from shared.heads.head import make_head
     from simulations.campaigns import plan_campaigns
-    from simulations.observe import make_observer
+    from simulations.observe.observe import make_observer
 
     scenario = load_scenario(tiny_world(tmp_path_factory.mktemp("observed")), ("linear.enabled=false",))
     base, dataset = resident_base(scenario.model.base), resident_dataset(scenario.data)
@@ -212,7 +212,7 @@ def observed(tiny_world, tmp_path_factory):
 
 def test_the_rows_have_the_private_part_of_personal(observed):
     """Fitted here by hand for one user, on what the release predicts."""
-    from client.personalize import fit_ridge
+    from client.personal.personalize import fit_ridge
 
     observer = observed.make(trust="none")
     found = observer.baselines()

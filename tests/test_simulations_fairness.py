@@ -9,10 +9,10 @@ import pytest
 from shared.config import load_scenario
 from shared.datasets import Dataset, Record, UserData
 from shared.errors import DataError, ScenarioError
-from shared.metrics import draw_users, score_row
+from shared.metrics.ratings import draw_users, score_row
 from simulations.fairness import OTHER, check_groups, gap_by_chance, group_users, measure_fairness
-from simulations.report import write_report
-from simulations.results import check_summary
+from simulations.report.report import write_report
+from simulations.report.results import check_summary
 from simulations.run import simulate
 
 RECORD = Record(text="a", target=3.0, item="1", timestamp=0)

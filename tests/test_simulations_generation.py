@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import sottovoce
-from client.personalize import PERSONAL_METHODS
-from client.site import resident_base, resident_dataset
+from client.personal.personalize import PERSONAL_METHODS
+from client.training.site import resident_base, resident_dataset
 from shared.config import load_scenario
 from shared.errors import ScenarioError
-from shared.language_metrics import TokenScores, perplexity_difference, score_tokens
+from shared.metrics.language import TokenScores, perplexity_difference, score_tokens
 from simulations.run import simulate
 from sottovoce.cli import main
 
@@ -139,12 +139,12 @@ def test_token_scores_by_hand():
 
 def test_a_plan_passes_no_text_through_the_base(scenario_file, monkeypatch):
     """Nothing public is to be whitened, so that what a run would cost is said at once."""
-    import client.site
+    import client.training.site
     from simulations.dry_run import describe
 
     def never(*args, **kwargs):
         raise AssertionError("the backbone ran")
 
-    monkeypatch.setattr(client.site, "cached_features", never)
+    monkeypatch.setattr(client.training.site, "cached_features", never)
     plan = describe(load_scenario(scenario_file), quiet=True)
     assert plan["campaigns"]["lora"]["bytes_per_round"]["up"] > 0

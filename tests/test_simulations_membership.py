@@ -8,19 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import client.site
-from client.site import resident_dataset
+import client.training.site
+from client.training.site import resident_dataset
 from shared.config import Scenario, load_scenario
 from shared.datasets import Dataset, Record, UserData, hold_out
 from shared.errors import DataError, ScenarioError
-from shared.policy import hash_settings
-from simulations import membership_page
+from shared.privacy.policy import hash_settings
 from simulations.dry_run import describe, lines
 from simulations.membership import _promise_for_records, _promise_for_users, separation
-from simulations.observe import RatingObserver
-from simulations.parts import AttackOn
-from simulations.report import headline, write_report
-from simulations.results import check_summary
+from simulations.observe.observe import RatingObserver
+from simulations.report import membership as membership_page
+from simulations.report.parts import AttackOn
+from simulations.report.report import headline, write_report
+from simulations.report.results import check_summary
 from simulations.run import simulate
 
 LEAN = ("linear.enabled=false", "statistics.enabled=false", "export.users=0", "evaluation.every_rounds=3")
@@ -36,7 +36,7 @@ def read_json(path):
 def run_and_see(scenario, out):
     """A finished run, and what its devices trained on: campaign's trust -> user -> records."""
     trained = {}
-    real = client.site.Site.shared_records
+    real = client.training.site.Site.shared_records
 
     def spy(site, device):
         features, targets = real(site, device)
@@ -46,7 +46,7 @@ def run_and_see(scenario, out):
         return features, targets
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.site.Site, "shared_records", spy)
+        patch.setattr(client.training.site.Site, "shared_records", spy)
         return simulate(scenario, out=out, quiet=True), trained
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.runtime import open_head
-from client.site import TextFeatures, resident_base, resident_dataset
+from client.runtime.runtime import open_head
+from client.training.site import TextFeatures, resident_base, resident_dataset
 from server.checkpoint import last_checkpoint
-from shared.adapter import load_start
-from shared.campaign import read_campaign
 from shared.config import load_scenario
-from shared.scoring import persona_predictions, text_predictions
-from simulations.observe import RatingObserver
+from shared.heads.adapter import load_start
+from shared.heads.scoring import persona_predictions, text_predictions
+from shared.protocol.campaign import read_campaign
+from simulations.observe.observe import RatingObserver
 from simulations.run import simulate
 
 LEAN = ("linear.enabled=false", "statistics.enabled=false", "evaluation.every_rounds=3", "export.users=1")

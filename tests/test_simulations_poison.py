@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from client.site import open_site
+from client.training.site import open_site
 from server.app import start_checkpoint
-from shared import wire
 from shared.config import Scenario, load_scenario
 from shared.errors import PrivacyError, ScenarioError
-from shared.policy import hash_settings
+from shared.privacy.policy import hash_settings
+from shared.protocol import wire
 from simulations.campaigns import open_campaign, plan_campaigns
 from simulations.poison import KINDS, liars, lie, trapped, triggered, z_max
 from simulations.robustness import ATTACKED, HONEST, cells, mean_of_rows, played
@@ -36,7 +36,7 @@ def scenario(tiny_world, tmp_path):
 @pytest.fixture
 def site(scenario, tmp_path, tiny_base):
     """(overrides) -> the site of a published campaign, and a first request."""
-    from client.site import campaign_dataset
+    from client.training.site import campaign_dataset
 
     def make(*overrides: str):
         settings = scenario(*overrides)
@@ -171,7 +171,7 @@ def test_a_strong_lie_bends_a_mean_and_hardly_a_median(scenario, tmp_path):
 
 
 def test_no_rule_changes_what_a_campaign_spends(scenario, tiny_base):
-    from client.site import campaign_dataset
+    from client.training.site import campaign_dataset
 
     policies = []
     for rule in ("mean", "median", "trimmed-mean", "norm-bound"):
@@ -191,7 +191,7 @@ def test_settings_of_before_keep_their_hash(scenario):
 
 
 def test_what_lies_is_never_published_for_devices_with_owners(scenario, tmp_path):
-    from shared.campaign import check_promise
+    from shared.protocol.campaign import check_promise
     from simulations.publish import publish
 
     with pytest.raises(ScenarioError, match=r"poison.kind must be 'none' for a campaign on devices, got 'random'"):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from shared.errors import DataError
-from simulations.page import page as page_of
-from simulations.report import headline, write_report
+from simulations.report.page import page as page_of
+from simulations.report.report import headline, write_report
 
 Json = dict[str, Any]
 

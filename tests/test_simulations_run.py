@@ -14,16 +14,16 @@ import pytest
 from flwr.app import Error, Message
 
 from client.app import app as client_app
-from client.optimizer import PolicyOptimizer
-from client.site import accepted_campaign, open_site, resident_base, resident_dataset
+from client.training.optimizer import PolicyOptimizer
+from client.training.site import accepted_campaign, open_site, resident_base, resident_dataset
 from server.app import run_rounds
 from server.checkpoint import checkpoint_path, load_checkpoint
-from shared import wire
-from shared.campaign import Resumed, read_campaign, write_campaign, write_resumed
 from shared.config import load_scenario
 from shared.errors import CampaignError, PrivacyError, ScenarioError
-from shared.flower import InlineGrid, run_inline, seats
-from shared.policy import hash_settings
+from shared.flower.grid import InlineGrid, run_inline, seats
+from shared.privacy.policy import hash_settings
+from shared.protocol import wire
+from shared.protocol.campaign import Resumed, read_campaign, write_campaign, write_resumed
 from simulations.campaigns import FATAL, plan_campaigns
 from simulations.dry_run import describe, lines
 from simulations.run import simulate
@@ -352,8 +352,8 @@ def test_a_device_certifies_the_price_itself(campaign, change):
 def test_nothing_is_read_before_the_round_is_spent(campaign, monkeypatch):
     published = campaign()
     order = []
-    monkeypatch.setattr("client.device.SimulatedDevice.spend", lambda *_: order.append("spend"))
-    monkeypatch.setattr("client.device.open_site", lambda *where: order.append("read") or open_site(*where))
+    monkeypatch.setattr("client.training.device.SimulatedDevice.spend", lambda *_: order.append("spend"))
+    monkeypatch.setattr("client.training.device.open_site", lambda *where: order.append("read") or open_site(*where))
     answer(published)
     assert order == ["spend", "read"]
 

@@ -8,7 +8,7 @@ import scipy.stats
 
 from server.checkpoint import checkpoint_path, load_checkpoint
 from shared.config import load_scenario
-from shared.metrics import Interval
+from shared.metrics.ratings import Interval
 from simulations.run import simulate
 from simulations.score import mean_over_seeds
 

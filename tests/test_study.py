@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.site import campaign_dataset
+from client.training.site import campaign_dataset
 from shared.config import load_scenario
 from shared.errors import CampaignError, ScenarioError
 from simulations.study.config import load_study

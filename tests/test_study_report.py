@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.audits import read_audit
 from shared.errors import DataError
-from shared.metrics import Interval
+from shared.metrics.ratings import Interval
+from shared.protocol.audits import read_audit
 from simulations.study.config import load_study
 from simulations.study.found import EVERY, read_found
 from simulations.study.headline import FAILS, HOLDS, OPEN, Answer, Headline, Side, answer

@@ -7,19 +7,19 @@ from pydantic import ValidationError
 from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
-from client.personalize import check_task
-from client.tagging import fit_tags, keep_tags
-from shared.adapter import make_start, read_shared
+from client.personal.personalize import check_task
+from client.personal.tagging import fit_tags, keep_tags
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, PersonalConfig, Scenario, TaskConfig
 from shared.errors import ScenarioError
-from shared.features import compute_hidden
-from shared.head import make_head, pooled_features
-from shared.scoring import text_predictions
-from shared.tagging_head import TaggingHead
-from shared.tagging_metrics import TAGGING_METRICS, accuracy_difference, score_tags, user_accuracy
-from shared.tasks import Scores
-from simulations.baselines import constant_label, pooled_logits, user_majority
-from simulations.rows import Rows
+from shared.heads.adapter import make_start, read_shared
+from shared.heads.head import make_head, pooled_features
+from shared.heads.scoring import text_predictions
+from shared.heads.tagging import TaggingHead
+from shared.heads.tasks import Scores
+from shared.metrics.tagging import TAGGING_METRICS, accuracy_difference, score_tags, user_accuracy
+from shared.models.features import compute_hidden
+from simulations.observe.baselines import constant_label, pooled_logits, user_majority
+from simulations.observe.rows import Rows
 
 TASK = TaskConfig(name="tagging", labels=("loved", "fine", "disliked"))
 
@@ -161,7 +161,7 @@ def test_a_strong_penalty_leaves_the_shared_logits_and_a_user_of_one_label_stays
 
 
 def test_a_method_without_a_form_for_labels_is_refused(monkeypatch):
-    import client.personalize as personalize
+    import client.personal.personalize as personalize
 
     bare = personalize.PersonalMethod(personalize.fit_ridge, read_by_shared_step=False, summary="for numbers alone")
     monkeypatch.setitem(personalize.PERSONAL_METHODS, "fine-tune", bare)

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-import client.graph
+import client.export.graph
 from client.cli import _in_words, _said
-from client.export import export_head
-from client.export_fleet import export_fleet
-from client.private_head import encoder_parts, personalize
-from client.runtime import base_id, open_base, open_head
-from client.site import TextFeatures, resident_base
+from client.export.encoder import export_head
+from client.export.fleet import export_fleet
+from client.export.private_head import encoder_parts, personalize
+from client.runtime.runtime import base_id, open_base, open_head
+from client.training.site import TextFeatures, resident_base
 from server.app import start_checkpoint
 from server.holdout import Examiner, Holdout, read_holdout
-from shared.adapter import load_start
 from shared.config import load_scenario
 from shared.datasets import Record
 from shared.errors import DataError, HeadError
-from simulations.observe_tagging import TaggingObserver
-from simulations.report import headline, write_report
+from shared.heads.adapter import load_start
+from simulations.observe.tagging import TaggingObserver
+from simulations.report.report import headline, write_report
 from simulations.run import simulate
 
 CREATED = datetime(2031, 1, 2, tzinfo=UTC)
@@ -62,7 +62,7 @@ def scenario_file(tiny, tiny_base, tmp_path_factory):
 def run(scenario_file, tiny_graph, tmp_path_factory):
     out = tmp_path_factory.mktemp("tagging-run") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
+        patch.setattr(client.export.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
         summary = simulate(load_scenario(scenario_file, ("export.users=1",)), out=out, quiet=True)
     return out, summary
 
@@ -81,7 +81,7 @@ def base_folder(homes, published, tiny_graph, tmp_path_factory):
     load_start(head, campaign.start)
     texts = [f"A film about number {n}" for n in range(16)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
+        patch.setattr(client.export.graph, "_trace", lambda model, *, max_tokens: copy.deepcopy(tiny_graph))
         export_fleet(base, head, campaign.scenario, folder / "plain", probe_texts=texts)
     return homes.sign_base(folder / "plain", published, folder / "base")
 

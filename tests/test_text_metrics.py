@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ScenarioError
-from shared.text_metrics import (
+from shared.metrics.text import (
     JUDGES,
     TEXT_METRICS,
     bertscore,

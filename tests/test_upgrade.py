@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-import client.ledger_schema
-import client.store
+import client.home.store
+import client.ledger.schema
 import server.checkpoint
-from client.artifact import MANIFEST, read_manifest
-from client.export import export_base
-from client.home import open_home
-from client.private_head import personalize
-from client.runtime import open_base
-from client.vault import MAGIC
-from client.verify import open_home_base, open_personal, reactivate
+from client.export.encoder import export_base
+from client.export.private_head import personalize
+from client.home.home import open_home
+from client.owner.verify import open_home_base, open_personal, reactivate
+from client.runtime.artifact import MANIFEST, read_manifest
+from client.runtime.runtime import open_base
+from client.vault.vault import MAGIC
 from server.aggregate import OptimizerState
 from server.checkpoint import (
     Checkpoint,
@@ -33,10 +33,10 @@ from server.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from shared import wire
 from shared.config import TaskConfig
 from shared.datasets.records import Record
 from shared.errors import HeadError, LedgerError, StoreError
+from shared.protocol import wire
 from sottovoce.cli import main
 
 FORMATS = Path(__file__).parent / "formats"
@@ -190,7 +190,7 @@ def newer_ledger(home):
     from contextlib import closing
 
     with closing(sqlite3.connect(home.folder / "ledger.db")) as connection:
-        connection.execute(f"PRAGMA user_version = {len(client.ledger_schema.MIGRATIONS) + 1}")
+        connection.execute(f"PRAGMA user_version = {len(client.ledger.schema.MIGRATIONS) + 1}")
     return lambda: home.ledger(round_running=False)
 
 

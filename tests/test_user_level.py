@@ -12,25 +12,25 @@ import scipy.stats
 from flwr.app import ConfigRecord
 
 import client.app
-import client.contribution
-from client.contribution import contribute
-from client.device import OwnedDevice
-from client.device_key import make_device_key
-from client.home import open_home
+import client.training.contribution
+from client.home.home import open_home
+from client.owner.device_key import make_device_key
+from client.training.contribution import contribute
+from client.training.device import OwnedDevice
 from server.aggregate import mean_of_sum, noised_sum
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import load_checkpoint, newest_first
 from server.strategy import EqualWeights
-from shared import wire
 from shared.config import load_scenario
-from shared.enrolment import certify_device
 from shared.errors import PrivacyError, TooFewRepliesError, VoidRoundError
-from shared.noise import SecureRandomness
-from shared.policy import SUM, SecureSum, grid_of
-from shared.promise import check_price
-from shared.secure_graph import make_terms
-from shared.secure_sum import Credential, Parcels, Roster
-from shared.signing import load_private
+from shared.privacy.noise import SecureRandomness
+from shared.privacy.policy import SUM, SecureSum, grid_of
+from shared.privacy.promise import check_price
+from shared.protocol import wire
+from shared.protocol.enrolment import certify_device
+from shared.protocol.signing import load_private
+from shared.secure_sum.graph import make_terms
+from shared.secure_sum.messages import Credential, Parcels, Roster
 from simulations.run import simulate
 
 USER = ('privacy.unit="user"', "training.record_exponent=0.5", "federation.rounds=2", "privacy.max_participations=2")
@@ -93,9 +93,9 @@ def test_without_noise_a_contribution_is_at_most_the_clip_norm_long(central, dis
 
 def test_a_contribution_that_would_be_too_long_is_not_given(central, monkeypatch):
     policy = central.campaign.policy
-    real = client.contribution.clipped_sum
+    real = client.training.contribution.clipped_sum
     monkeypatch.setattr(
-        client.contribution,
+        client.training.contribution,
         "clipped_sum",
         lambda rows, *, clip_norm, grid: real(rows, clip_norm=2 * clip_norm, grid=grid),
     )
@@ -248,7 +248,7 @@ def test_masks_change_no_bit_of_what_a_simulation_learns(tiny_world, tmp_path):
 
 
 def test_without_noise_and_clipping_all_trusts_learn_the_same(tiny_world, tmp_path, monkeypatch):
-    monkeypatch.setattr("shared.noise.SeededRandomness.gaussian_integers", Quiet.gaussian_integers)
+    monkeypatch.setattr("shared.privacy.noise.SeededRandomness.gaussian_integers", Quiet.gaussian_integers)
     options = (
         'federation.cohort_size="all"',
         "federation.rounds=1",

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-import client.site
-import shared.features
-from client.home import open_home
-from client.site import TextFeatures
+import client.training.site
+import shared.models.features
+from client.home.home import open_home
+from client.training.site import TextFeatures
 from server.checkpoint import last_checkpoint
 from server.rounds import read_rounds
 from shared.assets import resolve
-from shared.campaign import find_campaign, read_campaign
 from shared.config import load_scenario
 from shared.datasets import read
 from shared.errors import CampaignError
-from shared.flower_control import Control
-from shared.flower_tasks import TaskError, Tasks
-from simulations.loopback import (
+from shared.flower.control import Control
+from shared.flower.tasks import TaskError, Tasks
+from shared.protocol.campaign import find_campaign, read_campaign
+from simulations.bench.loopback import (
     ADDRESS,
     device_command,
     federation,
@@ -112,8 +112,8 @@ def alone(cache):
 
     def features(*args, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shared.features, "_BATCH_TOKENS", 1)
-            patch.setattr(client.site, "feature_cache", lambda: cache)
+            patch.setattr(shared.models.features, "_BATCH_TOKENS", 1)
+            patch.setattr(client.training.site, "feature_cache", lambda: cache)
             return TextFeatures(*args, **kwargs)
 
     return features
@@ -129,7 +129,7 @@ def test_a_federation_of_devices_gives_what_its_simulation_gives(data, tmp_path,
     real = last_checkpoint(fleet.campaign / "checkpoints", policy_sha256=policy.sha256)
     assert real.total.replies == 3 * DEVICES, real.total
 
-    monkeypatch.setattr(client.site, "TextFeatures", alone(tmp_path / "features"))
+    monkeypatch.setattr(client.training.site, "TextFeatures", alone(tmp_path / "features"))
     simulate(load_scenario(fleet.scenario), out=tmp_path / "run", command="", quiet=True)
     campaign = find_campaign(tmp_path / "run" / "campaigns", policy.sha256)
     assert campaign is not None  # one policy for both

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from shared.model import Base, load_base
+from shared.models.model import Base, load_base
 
 TEXTS = (
     "Fargo (1996). Crime, Drama, Thriller",

@@ -16,19 +16,19 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.numpy import load
 
-from client.device_key import make_device_key
-from client.home import open_home
-from client.ledger_events import Event
+from client.home.home import open_home
+from client.ledger.events import Event
+from client.owner.device_key import make_device_key
 from server.aggregate import SERVER_OPTIMIZERS, mean_of_sum, mean_update, ring_sum
 from server.checkpoint import checkpoint_path, load_checkpoint
 from server.rounds import Round, read_rounds
-from shared import wire
-from shared.campaign import read_campaign
 from shared.config import load_scenario
 from shared.datasets import read
-from shared.processes import running
-from simulations import loopback
-from simulations.loopback import Fleet, device_command, live, make_fleet, server_command
+from shared.flower.processes import running
+from shared.protocol import wire
+from shared.protocol.campaign import read_campaign
+from simulations.bench import loopback
+from simulations.bench.loopback import Fleet, device_command, live, make_fleet, server_command
 
 
 def typed(*arguments: str) -> str:

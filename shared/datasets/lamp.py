@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DataError
-from shared.lamp import HIGH, LOW, check_ids, read_answers, stars
+from shared.metrics.lamp import HIGH, LOW, check_ids, read_answers, stars
 
 from .records import Dataset, Record, UserData, is_text
 

@@ -11,14 +11,14 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from torch import Tensor
 
-from shared.accounting import DistributedMechanism
-from shared.audits import ROOMS
-from shared.campaign import Campaign, certify
 from shared.errors import SottovoceError
-from shared.features import Features
-from shared.noise import GRID_SIGMA, Randomness, SecureRandomness
-from shared.policy import Policy, grid_of
-from shared.promise import check_price
+from shared.models.features import Features
+from shared.privacy.accounting import DistributedMechanism
+from shared.privacy.noise import GRID_SIGMA, Randomness, SecureRandomness
+from shared.privacy.policy import Policy, grid_of
+from shared.privacy.promise import check_price
+from shared.protocol.audits import ROOMS
+from shared.protocol.campaign import Campaign, certify
 
 _LOG2_SIGMA = GRID_SIGMA.bit_length() - 1
 _NOISE = 2**17  # draws that are looked at for their size, which shows 2 % less

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy import special, stats
 
 from shared.errors import PrivacyError
-from shared.metrics import Interval
+from shared.metrics.ratings import Interval
 
 Scores = npt.NDArray[np.floating]
 Coins = npt.NDArray[np.bool_]

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.audits import LevelResult, conclude
 from shared.config import Scenario
+from shared.protocol.audits import LevelResult, conclude
 from simulations.audit.canary_stand import Attack, Stand, attack, open_stand
 from simulations.audit.gaussian import is_gaussian
 from simulations.audit.mutants import mutant

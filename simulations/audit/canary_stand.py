@@ -15,18 +15,18 @@ from typing import cast
 import numpy as np
 from torch import Tensor, nn
 
-from client.site import Workbench
-from client.train import make_trainable
+from client.training.site import Workbench
+from client.training.train import make_trainable
 from server.aggregate import ring_sum
-from shared.adapter import Arrays, read_start, trained_slots
-from shared.campaign import Campaign
 from shared.config import Scenario
-from shared.features import Features
-from shared.head import Head
-from shared.lora import Trained
-from shared.model import Base
-from shared.policy import SUM
-from shared.tasks import Scores
+from shared.heads.adapter import Arrays, read_start, trained_slots
+from shared.heads.head import Head
+from shared.heads.lora import Trained
+from shared.heads.tasks import Scores
+from shared.models.features import Features
+from shared.models.model import Base
+from shared.privacy.policy import SUM
+from shared.protocol.campaign import Campaign
 from simulations.audit.bounds import count_correct, one_run_bound
 from simulations.audit.gaussian import gdp_one_run_bound, is_gaussian
 from simulations.audit.power import CANARIES, GUESSES, Bound

@@ -6,8 +6,8 @@ from scipy import special
 from scipy.optimize import brentq
 
 from shared.errors import PrivacyError
-from shared.mechanisms import MAX_EPSILON, AnyMechanism, Mechanism, check_delta
-from shared.zcdp import tau_of
+from shared.privacy.mechanisms import MAX_EPSILON, AnyMechanism, Mechanism, check_delta
+from shared.privacy.zcdp import tau_of
 from simulations.audit.bounds import check_chances, check_counts
 
 _MAX_MU = 40.0  # of a Gaussian trade-off curve: epsilon beyond 800
@@ -20,8 +20,9 @@ def is_gaussian(mechanism: AnyMechanism) -> bool:
 
     n releases of z are one Gaussian of mu = sqrt(n) / z, and rounding that to a grid is post-processing. A discrete
     Gaussian of s steps differs from the rounded one, within t standard deviations, by a logarithm of at most
-    (t^2 + 1) / 24 s^2 a number (``shared/noise.py``): nothing on a grid of sigma / 2^24. A sum of shares differs from
-    one discrete Gaussian by half of tau a number (``shared/zcdp.py``), which with fine shares is nothing either.
+    (t^2 + 1) / 24 s^2 a number (``shared/privacy/noise.py``): nothing on a grid of sigma / 2^24. A sum of shares
+    differs from one discrete Gaussian by half of tau a number (``zcdp.py``), which with fine shares is
+    nothing either.
     """
     if isinstance(mechanism, Mechanism):
         return mechanism.sampling_rate == 1

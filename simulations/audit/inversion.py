@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from client.site import Workbench
-from client.train import make_trainable
-from shared.adapter import load_start, make_start, trained_slots
-from shared.audits import LevelResult, conclude
+from client.training.site import Workbench
+from client.training.train import make_trainable
 from shared.config import AdapterConfig, Scenario
 from shared.datasets import Record
 from shared.errors import PrivacyError
-from shared.features import Features, compute_hidden
-from shared.head import make_head
-from shared.lora import FEDERATION_METHODS, FederationMethod
-from shared.policy import SUM
+from shared.heads.adapter import load_start, make_start, trained_slots
+from shared.heads.head import make_head
+from shared.heads.lora import FEDERATION_METHODS, FederationMethod
+from shared.heads.tasks import TASKS, Labels, Scores, Targets
+from shared.models.features import Features, compute_hidden
+from shared.privacy.policy import SUM
+from shared.protocol.audits import LevelResult, conclude
 from shared.registry import lookup
-from shared.tasks import TASKS, Labels, Scores, Targets
 from simulations.audit.mutants import mutant
 from simulations.audit.span import Layer, find_layer, row_space, span_check
 from simulations.audit.stage import Part, Played, Subject, make_campaign, play, unprotected

@@ -13,13 +13,13 @@ from unittest.mock import patch
 
 import numpy as np
 
-from client.optimizer import PolicyOptimizer
-from shared.adapter import Arrays
+from client.training.optimizer import PolicyOptimizer
 from shared.errors import ScenarioError
-from shared.features import Features
-from shared.noise import GRID_SIGMA, Randomness
-from shared.policy import Policy
-from shared.tasks import Targets
+from shared.heads.adapter import Arrays
+from shared.heads.tasks import Targets
+from shared.models.features import Features
+from shared.privacy.noise import GRID_SIGMA, Randomness
+from shared.privacy.policy import Policy
 
 _LOOSE = 64  # a power of two, so that noise and grid stay what they are, bit for bit
 
@@ -202,10 +202,10 @@ def _skip_empty(step: Any) -> Any:
 
 
 _PLACES = {  # where the real code looks up what is patched
-    "optimizer": "client.train.make_optimizer",
-    "clip": "client.optimizer.clipped_sum",
-    "step": "client.optimizer.PolicyOptimizer.step",
-    "draw": "client.train._draw",
+    "optimizer": "client.training.train.make_optimizer",
+    "clip": "client.training.optimizer.clipped_sum",
+    "step": "client.training.optimizer.PolicyOptimizer.step",
+    "draw": "client.training.train._draw",
     "training": "client.app.train_shared",
     "contribution": "client.app.contribute",
     "total": "server.strategy.noised_sum",

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord
 
-from client.site import Workbench
-from shared.adapter import Arrays
-from shared.campaign import Campaign, write_campaign
+from client.training.site import Workbench
 from shared.config import Scenario
 from shared.errors import DataError
-from shared.features import Features
-from shared.flower import read_wire
-from shared.head import Head
-from shared.pairs import PairTargets
-from shared.policy import grid_of, hash_settings
-from shared.tasks import Labels, Scores, Targets
+from shared.flower.grid import read_wire
+from shared.heads.adapter import Arrays
+from shared.heads.head import Head
+from shared.heads.pairs import PairTargets
+from shared.heads.tasks import Labels, Scores, Targets
+from shared.models.features import Features
+from shared.privacy.policy import grid_of, hash_settings
+from shared.protocol.campaign import Campaign, write_campaign
 from simulations.audit.assumptions import Path, Replay, Tape
 from simulations.audit.stage import Part, Played, Subject, make_campaign, play, unprotected
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import brentq
 
-from shared import accounting
-from shared.accounting import calibrate_distributed
 from shared.errors import PrivacyError
-from shared.mechanisms import MAX_EPSILON, AnyMechanism, DistributedMechanism, check_delta
+from shared.privacy import accounting
+from shared.privacy.accounting import calibrate_distributed
+from shared.privacy.mechanisms import MAX_EPSILON, AnyMechanism, DistributedMechanism, check_delta
 from simulations.audit.bounds import Coins, Scores, count_correct_each, fewest_correct
 from simulations.audit.gaussian import fewest_correct_gaussian, is_gaussian
 

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from client.site import open_workbench
-from shared.adapter import shared_parameters
-from shared.audits import LevelResult, conclude
-from shared.campaign import Campaign
+from client.training.site import open_workbench
 from shared.errors import CampaignError
-from shared.noise import SecureRandomness
-from shared.policy import Policy
-from shared.tasks import IGNORE
+from shared.heads.adapter import shared_parameters
+from shared.heads.tasks import IGNORE
+from shared.privacy.noise import SecureRandomness
+from shared.privacy.policy import Policy
+from shared.protocol.audits import LevelResult, conclude
+from shared.protocol.campaign import Campaign
 from simulations.audit.assumptions import Tape, are_independent, coins_decide, draws_as_priced, priced_as_stated
 from simulations.audit.mutants import mutant
 from simulations.audit.neighbours import (

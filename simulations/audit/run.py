@@ -8,15 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from shared.audits import FILE, Audit, LevelResult, PowerTable, hash_code
 from shared.errors import PrivacyError
-from shared.mechanisms import AnyMechanism
+from shared.privacy.mechanisms import AnyMechanism
 from shared.progress import track
+from shared.protocol.audits import FILE, Audit, LevelResult, PowerTable, hash_code
 from simulations.audit import canaries, inversion, record_play, sentences
 from simulations.audit.gaussian import is_gaussian
 from simulations.audit.power import Bound, power_table
 from simulations.audit.stage import Subject, open_subject
-from simulations.bench_about import commit
+from simulations.machine import commit
 
 Depth = Literal["quick", "full"]
 

@@ -18,17 +18,17 @@ from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from client.site import Workbench
-from client.train import make_trainable
-from shared.adapter import Arrays, load_shared, make_start, trained_slots
-from shared.audits import LevelResult, conclude
+from client.training.site import Workbench
+from client.training.train import make_trainable
 from shared.config import AdapterConfig, Scenario, TaskConfig
-from shared.features import Features, compute_hidden
-from shared.head import make_head
-from shared.model import Base, load_base
-from shared.policy import Policy
+from shared.heads.adapter import Arrays, load_shared, make_start, trained_slots
+from shared.heads.head import make_head
+from shared.heads.tasks import Labels, encode_dialogues
+from shared.models.features import Features, compute_hidden
+from shared.models.model import Base, load_base
+from shared.privacy.policy import Policy
 from shared.progress import track
-from shared.tasks import Labels, encode_dialogues
+from shared.protocol.audits import LevelResult, conclude
 from simulations.audit.bounds import auc, count_correct, fewest_correct, one_run_bound, tpr_at_fpr
 from simulations.audit.mutants import MUTANTS, mutant
 from simulations.audit.stage import Part, Subject, make_campaign, play, unprotected

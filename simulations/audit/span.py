@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.model import Base
+from shared.models.model import Base
 
 _RELATIVE_RANK = 1e-6  # singular values below this share of the largest are rounding
 _CHUNK_VALUES = 2**22  # of candidates' inputs in memory at once

@@ -1,7 +1,7 @@
 """Where an audit's attacks are played: real devices' code, the real server's, and the bytes between them.
 
-A played device is a simulated one (``client/device.py``) whose records and randomness the attack chooses. From the
-message that comes in to the bytes that go out it runs what an owner's device runs, but for ledger, store and masks.
+A played device is a simulated one (``client/training/device.py``) whose records and randomness the attack chooses. From
+the message that comes in to the bytes that go out it runs what an owner's device runs, but for ledger, store and masks.
 """
 
 import logging
@@ -15,25 +15,25 @@ from typing import NamedTuple
 from flwr.app import Context, Message
 
 from client.app import answer
-from client.device import SimulatedDevice
-from client.site import TextFeatures, Workbench, campaign_dataset, resident_base, use_threads
+from client.training.device import SimulatedDevice
+from client.training.site import TextFeatures, Workbench, campaign_dataset, resident_base, use_threads
 from server.app import run_rounds, start_checkpoint
 from server.checkpoint import last_checkpoint
-from shared import wire
-from shared.adapter import Arrays, Slot
 from shared.assets import resolve
-from shared.calibration import make_policy
-from shared.campaign import Campaign, read_campaign, write_campaign
-from shared.compatible import priced_choice
 from shared.config import Scenario, load_scenario
 from shared.datasets import Dataset
 from shared.errors import CampaignError, DataError, PrivacyError
-from shared.features import Features
-from shared.flower import InlineGrid, read_wire
-from shared.lora import trained_parts
-from shared.model import Base
-from shared.noise import Randomness, SecureRandomness
-from shared.tasks import Targets
+from shared.flower.grid import InlineGrid, read_wire
+from shared.heads.adapter import Arrays, Slot
+from shared.heads.lora import trained_parts
+from shared.heads.tasks import Targets
+from shared.models.features import Features
+from shared.models.model import Base
+from shared.privacy.calibration import make_policy
+from shared.privacy.compatible import priced_choice
+from shared.privacy.noise import Randomness, SecureRandomness
+from shared.protocol import wire
+from shared.protocol.campaign import Campaign, read_campaign, write_campaign
 from simulations.campaigns import FATAL, open_campaign, plan_campaigns
 
 _FAULTS = (*FATAL, "NOT_FINITE", "POLICY", "SCHEMA", "ARRAYS")  # a play with faults proves nothing

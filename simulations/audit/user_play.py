@@ -7,12 +7,12 @@ from unittest.mock import patch
 import numpy as np
 
 import client.app
-from client.site import open_workbench
-from shared.adapter import Arrays
-from shared.calibration import share_noise
+from client.training.site import open_workbench
 from shared.config import Scenario
-from shared.noise import Randomness
-from shared.policy import Policy
+from shared.heads.adapter import Arrays
+from shared.privacy.calibration import share_noise
+from shared.privacy.noise import Randomness
+from shared.privacy.policy import Policy
 from simulations.audit.assumptions import Taped, draws_as_priced
 from simulations.audit.neighbours import (
     SERVER,

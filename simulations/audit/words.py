@@ -1,6 +1,6 @@
 """What an audit found, for a reader."""
 
-from shared.audits import Audit, LevelResult, PowerTable
+from shared.protocol.audits import Audit, LevelResult, PowerTable
 
 
 def lines(audit: Audit) -> list[str]:

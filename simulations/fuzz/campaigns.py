@@ -8,12 +8,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from shared.adapter import Arrays, Slot
-from shared.calibration import make_policy
-from shared.campaign import Campaign, read_campaign, write_campaign
 from shared.config import Scenario, load_scenario
-from shared.policy import Policy
-from shared.signing import sign_policy
+from shared.heads.adapter import Arrays, Slot
+from shared.privacy.calibration import make_policy
+from shared.privacy.policy import Policy
+from shared.protocol.campaign import Campaign, read_campaign, write_campaign
+from shared.protocol.signing import sign_policy
 
 SCENARIO = Path(__file__).parent.parent / "scenarios" / "movielens.toml"
 _CHANGES = (

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from client.reading import read_jsonl
+from client.owner.reading import read_jsonl
 from shared import datasets
 from shared.datasets.folder import read_folder
-from shared.lamp import read_answers
+from shared.metrics.lamp import read_answers
 from simulations.fuzz.mutations import Form
 from simulations.fuzz.parsers import Parser, Target, file_parser
 

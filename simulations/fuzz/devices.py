@@ -12,23 +12,23 @@ import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from safetensors.numpy import save
 
-from client import device_key as own_key
-from client.artifact import ADAPTER, MANIFEST, MODEL, SIGNATURE, TOKENIZER, parse_adapter
-from client.chat import read_chat
-from client.forget import _read_begun
-from client.guard import read_token
-from client.home import create_home
-from client.keystore import open_keystore
-from client.ledger import open_ledger
-from client.ledger_book import read_anchor
-from client.runtime import FleetBase, base_id, bind_head, check_known_answer, open_base
-from client.schedule import change_schedule, read_schedule
-from client.sealed_heads import _pack, _unpack
-from client.sources import make_source, read_source, set_source
-from client.store import _line, _parse
+from client.home.home import create_home
+from client.home.sealed_heads import _pack, _unpack
+from client.home.sources import make_source, read_source, set_source
+from client.home.store import _line, _parse
+from client.ledger.book import read_anchor
+from client.ledger.ledger import open_ledger
+from client.owner import device_key as own_key
+from client.owner.forget import _read_begun
+from client.runtime.artifact import ADAPTER, MANIFEST, MODEL, SIGNATURE, TOKENIZER, parse_adapter
+from client.runtime.chat import read_chat
+from client.runtime.runtime import FleetBase, base_id, bind_head, check_known_answer, open_base
+from client.serve.guard import read_token
+from client.service.schedule import change_schedule, read_schedule
+from client.vault.keystore import open_keystore
 from shared.datasets import Record
-from shared.gguf import RECORD, _verify
-from shared.signing import fingerprint, signature_file
+from shared.models.gguf import RECORD, _verify
+from shared.protocol.signing import fingerprint, signature_file
 from simulations.fuzz.campaigns import device_key, operator
 from simulations.fuzz.parsers import Parser, Target, authentic, file_parser
 
@@ -143,7 +143,7 @@ def _head_files(base: FleetBase, *, memory: bool) -> dict[str, bytes]:
     """A personal head of that base, signed by its device."""
     values, described = _adapter_values(), {}
     if memory:
-        from client.memory import make_memory
+        from client.runtime.memory import make_memory
         from shared.config import PersonalConfig
 
         residuals, features = np.array([0.5, -0.5]), np.ones((2, 6))

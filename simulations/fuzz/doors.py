@@ -16,11 +16,11 @@ from google.protobuf.struct_pb2 import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from client.chat_api import ApiError, parse_request
-from client.control import _handlers
-from client.page_guard import Session, read_form
+from client.dashboard.guard import Session, read_form
+from client.serve.chat_api import ApiError, parse_request
+from client.service.control import _handlers
 from server.front import Gateway
-from shared.flower_control import fleet_paths
+from shared.flower.control import fleet_paths
 from simulations.fuzz.parsers import Parser, Target, TurnedAwayError, of_json
 
 

@@ -15,14 +15,22 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from client.secure_sum import Participant
+from client.training.secure_sum import Participant
 from server.gate import RejectedReply, check_reply, check_stage
-from shared import flower_messages, shamir, wire
-from shared.enrolment import certify_device, check_certificate, check_device_signature, check_public_key, sign_as_device
 from shared.errors import SecureSumError
-from shared.flower import InlineGrid
-from shared.flower_messages import Coming, parts_of
-from shared.secure_sum import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
+from shared.flower import messages as flower_messages
+from shared.flower.grid import InlineGrid
+from shared.flower.messages import Coming, parts_of
+from shared.protocol import wire
+from shared.protocol.enrolment import (
+    certify_device,
+    check_certificate,
+    check_device_signature,
+    check_public_key,
+    sign_as_device,
+)
+from shared.secure_sum import shamir
+from shared.secure_sum.messages import Advert, Credential, Parcels, Roster, Setting, Shares, Survivors, Terms
 from simulations.fuzz.campaigns import device_key, device_line, example
 from simulations.fuzz.parsers import Parser, Target, TurnedAwayError, of_json
 

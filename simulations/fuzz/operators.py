@@ -15,7 +15,7 @@ import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from safetensors.numpy import save
 
-from client.join import read_invitation
+from client.service.join import read_invitation
 from server.aggregate import OptimizerState
 from server.certificates import expiry, new_authority, new_certificate, renew_certificate
 from server.checkpoint import Checkpoint, Counts, _hash_state, load_checkpoint, save_checkpoint
@@ -23,14 +23,14 @@ from server.folder import create_server, open_server
 from server.register import REGISTER_FILE, enrol, read_register
 from server.rounds import last_begun, read_rounds
 from server.status import lines, status
-from shared.audits import read_audit
-from shared.campaign import read_resumed, verify_campaign
-from shared.card import check_card
+from shared.card.card import check_card
 from shared.config import load_scenario
 from shared.files import read_json_lines
-from shared.policy import hash_arrays, hash_settings, read_policy
-from shared.promise import check_price
-from shared.signing import (
+from shared.privacy.policy import hash_arrays, hash_settings, read_policy
+from shared.privacy.promise import check_price
+from shared.protocol.audits import read_audit
+from shared.protocol.campaign import read_resumed, verify_campaign
+from shared.protocol.signing import (
     check_signature_file,
     fingerprint,
     load_private,
@@ -136,7 +136,7 @@ def _signature(folder: Path) -> Parser:
 
 
 def _operator_public(folder: Path) -> Parser:
-    from shared.signing import _KEY_LABEL, _encode
+    from shared.protocol.signing import _KEY_LABEL, _encode
 
     valid = f"{_KEY_LABEL} {_encode(operator().public_key().public_bytes_raw())}\n".encode()
     return file_parser(folder, "operator.pub", [valid], load_public)
@@ -309,7 +309,7 @@ def _card(name: str) -> Callable[[Path], Parser]:
     """A file of a privacy card that somebody hands on."""
 
     def opened(folder: Path) -> Parser:
-        from shared.card import make_card
+        from shared.card.card import make_card
         from simulations.card import folder_sources
 
         campaign = example(folder)

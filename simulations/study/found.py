@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shared.errors import DataError
-from shared.metrics import Interval
+from shared.metrics.ratings import Interval
 from simulations.membership import UNPROTECTED, UNTRAINED
 from simulations.study.points import ALONE, Curve, Found, Gain, Group, Result
 from simulations.study.store import SETTING, read_store

@@ -11,10 +11,10 @@ from pydantic import model_validator
 
 from shared.config import FiniteFloat, Settings
 from shared.errors import DataError
-from shared.metrics import Interval
-from simulations import page
-from simulations.compare import user_differences
-from simulations.results import RunFolder
+from shared.metrics.ratings import Interval
+from simulations.report import page
+from simulations.report.compare import user_differences
+from simulations.report.results import RunFolder
 
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "undecided here"
 _USERS = "users."

@@ -8,10 +8,10 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from shared.page import STYLE, document
-from simulations import page
-from simulations.figures import layout
-from simulations.page import PERCENT, heading
-from simulations.report import ROWS
+from simulations.report import page
+from simulations.report.figures import layout
+from simulations.report.page import PERCENT, heading
+from simulations.report.report import ROWS
 from simulations.study.points import ALONE, Curve, Found, Gain, Group, Result, series_of
 from simulations.study.script import SCRIPT
 

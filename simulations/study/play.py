@@ -19,7 +19,7 @@ def prepare(run: Run) -> None:
     Raises:
         SottovoceError: The run would be refused.
     """
-    from client.site import TextFeatures, campaign_dataset, resident_base, use_threads
+    from client.training.site import TextFeatures, campaign_dataset, resident_base, use_threads
     from shared.assets import resolve
 
     scenario = run.scenario
@@ -71,10 +71,10 @@ def play(run: Run, *, folder: Path, audit: str, command: str) -> float:
 
 def _audit(out: Path, *, level: str) -> None:
     """Audit a finished run into its folder, once; an audit that is refused leaves its reason there."""
-    from shared.audits import FILE
     from shared.files import write_atomically
+    from shared.protocol.audits import FILE
     from simulations.audit.run import run_audit
-    from simulations.report import write_report
+    from simulations.report.report import write_report
 
     if (out / FILE).is_file():
         return

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from shared.metrics import Interval
-from simulations.page import PERCENT, heading
+from shared.metrics.ratings import Interval
+from simulations.report.page import PERCENT, heading
 from simulations.study.points import ALONE, Found, Group, Result, pareto, series_of
 
 # Okabe & Ito's palette, darkened as in the reports. No series is told by its colour alone: marker and colour together

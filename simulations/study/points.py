@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shared.metrics import Interval
+from shared.metrics.ratings import Interval
 
 ALONE = "no federation"  # the trust of rows that owe nothing to a campaign
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from shared.errors import DataError
-from simulations import page
+from simulations.report import page
 from simulations.study.config import Study
 from simulations.study.found import read_found
 from simulations.study.headline import Answer, answer, section, table, words

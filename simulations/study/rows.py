@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.audits import FILE as AUDIT
-from shared.audits import Audit, read_audit
-from shared.metrics import Interval
-from simulations.results import Privacy, RunFolder, Summary, read_run
+from shared.metrics.ratings import Interval
+from shared.protocol.audits import FILE as AUDIT
+from shared.protocol.audits import Audit, read_audit
+from simulations.report.results import Privacy, RunFolder, Summary, read_run
 from simulations.study.plan import Run
 
 Row = dict[str, Any]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CampaignError, ScenarioError
-from simulations.bench_about import commit
 from simulations.folder import write_json
+from simulations.machine import commit
 from simulations.study.config import Study, load_study
 from simulations.study.outcome import PLAN
 from simulations.study.plan import Run, plan_runs, settings_of, varied

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.campaign import find_campaign
 from shared.errors import DataError, ScenarioError
-from shared.policy import Policy
-from simulations.results import read_run
+from shared.privacy.policy import Policy
+from shared.protocol.campaign import find_campaign
+from simulations.report.results import read_run
 from simulations.study.config import Range, Search, Value
 from simulations.study.plan import CHOSEN, Run, label_of, make_run
 from simulations.study.store import RUNS, is_finished

@@ -44,7 +44,7 @@ import pyarrow.parquet as pq
 
 from shared.errors import DataError
 from shared.files import write_atomically
-from simulations.results import RunFolder, read_run
+from simulations.report.results import RunFolder, read_run
 
 FILE, ROWS, RUNS = "results.parquet", "rows.parquet", "runs"
 NOT_AUDITED = "not-audited.txt"  # in a run's folder: why an audit refused it

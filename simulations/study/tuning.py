@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from shared.accounting import epsilon_together
-from shared.mechanisms import AnyMechanism, Mechanism
-from shared.policy import Policy
+from shared.privacy.accounting import epsilon_together
+from shared.privacy.mechanisms import AnyMechanism, Mechanism
+from shared.privacy.policy import Policy
 from simulations.study.config import Study
 from simulations.study.plan import Run
 
