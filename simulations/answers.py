@@ -19,7 +19,7 @@ from shared.config import Scenario
 from shared.datasets import Dataset, Record
 from shared.files import write_atomically
 from shared.heads.adapter import load_shared
-from shared.heads.head import CausalHead
+from shared.heads.causal import CausalHead
 from shared.metrics.ratings import Interval
 from shared.metrics.text import TEXT_METRICS, Tokens, judge_named, over_answers, score_answers
 from shared.models.model import Base

@@ -23,7 +23,7 @@ from shared.datasets import Dataset
 from shared.errors import CampaignError, ScenarioError, SottovoceError
 from shared.flower.grid import Metered, round_trip_bytes
 from shared.heads.adapter import Arrays, load_start, make_start, trained_slots
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.models.model import Base
 from shared.privacy.accounting import epsilon_by_participation
 from shared.privacy.calibration import make_policy

@@ -10,7 +10,8 @@ from client.training.optimizer import PolicyOptimizer
 from client.training.train import make_trainable, train_shared
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, PersonaConfig, Scenario, TaskConfig
 from shared.heads.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
-from shared.heads.head import Head, make_head
+from shared.heads.head import Head
+from shared.heads.registry import make_head
 from shared.heads.tasks import Labels, Scores, encode_dialogues
 from shared.models.features import Features, compute_hidden
 from shared.models.model import Base

@@ -16,7 +16,8 @@ from client.export.encoder import TOLERANCE, export_base, export_head
 from client.runtime.runtime import open_base, open_head
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError
-from shared.heads.head import OutputLayer, RatingHead, pooled_features
+from shared.heads.output import OutputLayer, pooled_features
+from shared.heads.rating import RatingHead
 from shared.models.features import compute_features
 
 TARGETS = ("attention.output.dense", "output.dense")

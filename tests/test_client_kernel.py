@@ -23,7 +23,8 @@ from client.runtime.runtime import KERNEL_SLOT, bind_head, check_known_answer, o
 from shared.config import AdapterConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError
 from shared.heads.adapter import make_start, shared_parameters
-from shared.heads.head import OutputLayer, make_head, pooled_features
+from shared.heads.output import OutputLayer, pooled_features
+from shared.heads.registry import make_head
 from shared.models.features import compute_features
 from shared.protocol.signing import load_private
 

@@ -16,7 +16,8 @@ from client.runtime.retrieval import Texts
 from client.runtime.runtime import open_base, open_head
 from shared.config import AdapterConfig, ModelConfig, PersonalConfig, Scenario, TaskConfig
 from shared.errors import HeadError
-from shared.heads.head import OutputLayer, RatingHead, pooled_features
+from shared.heads.output import OutputLayer, pooled_features
+from shared.heads.rating import RatingHead
 from shared.models.features import compute_features
 
 RATED = np.array([5.0, 1.0, 4.0, 2.0, 3.0])

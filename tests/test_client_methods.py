@@ -21,7 +21,7 @@ from client.runtime.retrieval import BM25, by_time, by_words, nearest, recall
 from shared.config import PersonalConfig, Scenario
 from shared.errors import CampaignError, ScenarioError
 from shared.heads.adapter import load_shared, make_start, read_shared
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.heads.scoring import text_predictions
 from shared.heads.tasks import Scores
 from shared.models.features import compute_features

@@ -20,7 +20,8 @@ from client.runtime.parity import Parity
 from client.runtime.runtime import open_base, open_head
 from shared.config import AdapterConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import HeadError, SottovoceError
-from shared.heads.head import OutputLayer, RatingHead
+from shared.heads.output import OutputLayer
+from shared.heads.rating import RatingHead
 from shared.protocol.signing import load_private
 from sottovoce.cli import main
 

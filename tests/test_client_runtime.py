@@ -20,7 +20,8 @@ from client.runtime.artifact import ADAPTER, MANIFEST, MODEL, TOKENIZER
 from client.runtime.runtime import base_id, open_base, open_head
 from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError
-from shared.heads.head import OutputLayer, RatingHead
+from shared.heads.output import OutputLayer
+from shared.heads.rating import RatingHead
 
 TEXT = "Fargo (1996). Crime, Drama, Thriller"
 SLOT = "lora.block.1.output.dense"

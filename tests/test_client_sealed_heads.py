@@ -20,7 +20,8 @@ from client.vault.keystore import file_keystore
 from client.vault.vault import create_vault, open_vault, shred_vault
 from shared.config import AdapterConfig, Scenario
 from shared.errors import HeadError, StoreError
-from shared.heads.head import OutputLayer, RatingHead
+from shared.heads.output import OutputLayer
+from shared.heads.rating import RatingHead
 
 SENTINEL = b"xyzzy-7f3a-a-personal-tensor"
 

@@ -9,7 +9,7 @@ from client.training.train import make_trainable, train_shared
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import PrivacyError, RefusedError
 from shared.heads.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
-from shared.heads.head import RatingHead
+from shared.heads.rating import RatingHead
 from shared.heads.tasks import Scores
 from shared.models.features import Features, compute_features
 from shared.privacy.clipping import clipped_sum

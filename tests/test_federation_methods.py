@@ -23,7 +23,7 @@ from shared.config import (
 )
 from shared.errors import PrivacyError, ScenarioError
 from shared.heads.adapter import load_shared, load_start, make_start, part_of, shared_parameters, trained_slots
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.heads.tasks import Scores
 from shared.models.features import compute_hidden
 from shared.privacy.accounting import epsilon

@@ -12,7 +12,7 @@ from shared.datasets import Dataset, Record, UserData
 from shared.datasets.candidates import with_candidates
 from shared.errors import DataError, ScenarioError
 from shared.heads.adapter import make_start
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.metrics.language import TokenScores, score_tokens
 from shared.models.features import Features
 from simulations.observe.language import LanguageObserver

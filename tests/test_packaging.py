@@ -52,6 +52,10 @@ def rooms_and_imports() -> dict[str, set[str]]:
     for module in modules:
         path = ROOT / module.replace(".", "/")
         tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8"))
+        for typed in [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]:
+            typed.body = []  # loaded by nobody
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
                 for name in node.names:

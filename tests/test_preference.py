@@ -19,8 +19,8 @@ from shared.datasets import read
 from shared.datasets.pairs import pairs_of_ratings
 from shared.datasets.records import Record
 from shared.errors import DataError, ScenarioError
-from shared.heads.head import make_head
 from shared.heads.pairs import PairTargets, check_apart, join, joined_labels
+from shared.heads.registry import make_head
 from shared.heads.tasks import IGNORE, encode_pairs
 from shared.metrics.preference import PairScores, accuracy_difference, score_pairs
 from shared.models.features import Features, compute_hidden

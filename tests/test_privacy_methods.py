@@ -12,8 +12,9 @@ from client.training.train import make_trainable
 from shared.config import PERSONAL_NAMES, PersonalConfig
 from shared.errors import PrivacyError, ScenarioError
 from shared.heads.adapter import load_shared
-from shared.heads.head import RatingHead, pooled_features
 from shared.heads.lora import FEDERATION_METHODS, TECHNIQUES
+from shared.heads.output import pooled_features
+from shared.heads.rating import RatingHead
 from shared.privacy.compatible import Choices, check_compatible
 from shared.registry import names
 

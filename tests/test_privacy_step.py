@@ -20,8 +20,9 @@ from client.training.optimizer import PolicyOptimizer
 from client.training.train import make_trainable
 from shared.errors import RefusedError
 from shared.heads.adapter import shared_parameters
-from shared.heads.head import CausalHead, RatingHead
+from shared.heads.causal import CausalHead
 from shared.heads.lora import FEDERATION_METHODS
+from shared.heads.rating import RatingHead
 from shared.models.features import Features, micro_batches
 from shared.privacy.clipping import clipped_sum
 from shared.privacy.noise import GRID_SIGMA, SecureRandomness, SeededRandomness

@@ -24,8 +24,9 @@ from client.training.optimizer import PolicyOptimizer
 from shared.config import AdapterConfig, PersonalConfig, Scenario, load_scenario
 from shared.errors import HeadError, ScenarioError
 from shared.heads.adapter import load_shared, make_start, read_start, shared_parameters, shared_slots
-from shared.heads.head import make_head, pooled_features
 from shared.heads.lora import FEDERATION_METHODS, part_of, trained_parts
+from shared.heads.output import pooled_features
+from shared.heads.registry import make_head
 from shared.models.features import Features, compute_hidden, micro_batches
 from shared.privacy.clipping import clipped_sum
 from shared.privacy.noise import SeededRandomness

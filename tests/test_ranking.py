@@ -17,7 +17,8 @@ from shared.config import AdapterConfig, ModelConfig, PersonalConfig, PrivacyCon
 from shared.datasets import Dataset, Record, UserData
 from shared.errors import DataError, ScenarioError
 from shared.heads.adapter import make_start, read_shared
-from shared.heads.head import make_head, pooled_features
+from shared.heads.output import pooled_features
+from shared.heads.registry import make_head
 from shared.metrics.ranking import (
     GAINS,
     expected_gain,

@@ -8,12 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-import shared.heads.head
+import shared.heads.causal
 from client.training.train import make_trainable, train_shared
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import ScenarioError
 from shared.heads.adapter import load_start, make_start, read_shared, shared_parameters, trained_slots
-from shared.heads.head import CausalHead, make_head
+from shared.heads.causal import CausalHead
+from shared.heads.registry import make_head
 from shared.heads.tasks import IGNORE, Labels, encode_dialogues
 from shared.models.features import Features, compute_hidden
 from shared.models.model import load_base
@@ -212,7 +213,7 @@ def test_the_full_logits_are_never_in_memory(llama, monkeypatch):
     tokens = int((labels != IGNORE).sum())
     sizes = {}
     for chunk in (4, 1000):
-        monkeypatch.setattr(shared.heads.head, "_CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(shared.heads.causal, "_CHUNK_TOKENS", chunk)
         with Largest() as largest:
             losses = setting.head(hidden, mask, labels)
             losses.sum().backward()

@@ -8,7 +8,8 @@ from opacus import GradSampleModule
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario, TaskConfig
 from shared.errors import CampaignError, ScenarioError
 from shared.heads.adapter import load_start, make_start, shared_parameters, trained_slots
-from shared.heads.head import make_head, pooled_features
+from shared.heads.output import pooled_features
+from shared.heads.registry import make_head
 from shared.models.features import compute_features
 
 WIDTHS, WEIGHTS = (0.3, 0.05), (0.6, 0.4)

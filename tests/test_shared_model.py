@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, Scenario
 from shared.errors import AssetError, CampaignError, ScenarioError
 from shared.heads.adapter import check_arrays, load_shared, make_start, read_shared, shared_parameters, trained_slots
-from shared.heads.head import RatingHead, pooled_features
+from shared.heads.output import pooled_features
+from shared.heads.rating import RatingHead
 from shared.models.features import cached_features, compute_features, compute_hidden
 from shared.models.model import load_base
 

@@ -193,7 +193,7 @@ def observed(tiny_world, tmp_path_factory):
     from client.training.site import resident_base, resident_dataset
     from shared.config import load_scenario
     from shared.heads.adapter import load_start
-    from shared.heads.head import make_head
+    from shared.heads.registry import make_head
     from simulations.campaigns import plan_campaigns
     from simulations.observe.observe import make_observer
 

@@ -12,7 +12,8 @@ from client.personal.tagging import fit_tags, keep_tags
 from shared.config import AdapterConfig, FederationConfig, ModelConfig, PersonalConfig, Scenario, TaskConfig
 from shared.errors import ScenarioError
 from shared.heads.adapter import make_start, read_shared
-from shared.heads.head import make_head, pooled_features
+from shared.heads.output import pooled_features
+from shared.heads.registry import make_head
 from shared.heads.scoring import text_predictions
 from shared.heads.tagging import TaggingHead
 from shared.heads.tasks import Scores

@@ -55,7 +55,8 @@ from client.runtime.runtime import (
 )
 from shared.config import TaskConfig
 from shared.errors import HeadError
-from shared.heads.head import OutputLayer, RatingHead, pooled_features
+from shared.heads.output import OutputLayer, pooled_features
+from shared.heads.rating import RatingHead
 from shared.heads.tagging import TaggingHead
 from shared.models.features import compute_features
 from shared.models.model import Base

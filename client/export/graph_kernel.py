@@ -9,7 +9,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from client.runtime.runtime import KERNEL_SLOT
-from shared.heads.head import Head, OutputHead
+from shared.heads.head import Head
+from shared.heads.output import OutputHead
 from shared.models.kernel import SMALLEST_NORM
 
 

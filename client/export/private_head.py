@@ -32,8 +32,10 @@ from client.training.site import Workbench, resident_base, trained_records, use_
 from shared.config import Scenario
 from shared.errors import CampaignError, HeadError, LedgerError, StoreError
 from shared.heads.adapter import Arrays, load_shared, load_start, read_start
-from shared.heads.head import CausalHead, OutputLayer, RatingHead
+from shared.heads.causal import CausalHead
+from shared.heads.output import OutputLayer
 from shared.heads.ranking import RankingHead
+from shared.heads.rating import RatingHead
 from shared.heads.scoring import text_predictions
 from shared.heads.tagging import TaggingHead
 from shared.heads.tasks import Targets

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from shared.config import Scenario
 from shared.errors import HeadError, ScenarioError
-from shared.heads.head import CausalHead
+from shared.heads.causal import CausalHead
 from shared.models.model import LlamaFamily
 
 

@@ -20,7 +20,9 @@ from shared.heads.adapter import (
     shared_parameters,
     wire_name,
 )
-from shared.heads.head import FACTOR_SPREAD, Head, RatingHead
+from shared.heads.head import Head
+from shared.heads.output import FACTOR_SPREAD
+from shared.heads.rating import RatingHead
 from shared.heads.tasks import Targets
 from shared.models.features import Features
 

@@ -15,7 +15,7 @@ import torch
 
 from shared.config import PersonaConfig
 from shared.errors import PrivacyError
-from shared.heads.head import RatingHead
+from shared.heads.rating import RatingHead
 from shared.heads.tasks import Targets
 from shared.models.features import Features, micro_batches
 from shared.privacy.noise import Randomness

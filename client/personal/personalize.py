@@ -24,8 +24,9 @@ from client.runtime.retrieval import RETRIEVERS, Texts, cosines, local_share, re
 from shared.config import PersonaConfig, PersonalConfig
 from shared.errors import ScenarioError
 from shared.heads.adapter import Arrays
-from shared.heads.head import CausalHead, RatingHead
+from shared.heads.causal import CausalHead
 from shared.heads.lora import FROZEN_PARTS, PRIVATE_PARTS
+from shared.heads.rating import RatingHead
 from shared.heads.scoring import persona_predictions, text_predictions
 from shared.heads.tagging import TaggingHead
 from shared.heads.tasks import Scores, Targets

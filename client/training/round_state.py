@@ -9,7 +9,7 @@ from client.training.device import Device
 from client.training.site import Workbench
 from shared.errors import CampaignError, RefusedError
 from shared.heads.adapter import Arrays, forget_device, load_private, load_shared, private_parameters, read_private
-from shared.heads.head import RatingHead
+from shared.heads.rating import RatingHead
 from shared.heads.tasks import Targets
 from shared.models.features import Features
 from shared.privacy.noise import Randomness

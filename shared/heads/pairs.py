@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import ScenarioError
-from shared.heads.head import token_nll
+from shared.heads.causal import token_nll
 from shared.heads.tasks import IGNORE, Encoded
 from shared.models.features import Features, micro_batches
 from shared.models.model import Base

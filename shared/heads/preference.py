@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shared.config import Scenario
 from shared.errors import ScenarioError
-from shared.heads.head import CausalHead
+from shared.heads.causal import CausalHead
 from shared.heads.pairs import check_apart, margins, unpack
 from shared.models.model import Base
 

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from shared.config import Scenario
 from shared.errors import ScenarioError
-from shared.heads.head import OutputLayer, RatingHead, pooled_features
+from shared.heads.output import OutputLayer, pooled_features
+from shared.heads.rating import RatingHead
 from shared.models.features import Features
 from shared.models.model import Base
 

@@ -5,8 +5,10 @@ import torch
 from scipy.special import logsumexp
 
 from shared.heads.adapter import Arrays, forget_device, load_shared
-from shared.heads.head import CausalHead, RatingHead, pooled_features
+from shared.heads.causal import CausalHead
+from shared.heads.output import pooled_features
 from shared.heads.preference import PreferenceHead
+from shared.heads.rating import RatingHead
 from shared.heads.tagging import TaggingHead
 from shared.heads.tasks import Targets
 from shared.metrics.language import TokenScores

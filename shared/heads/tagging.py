@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.config import Scenario
-from shared.heads.head import OutputHead, OutputLayer
+from shared.heads.output import OutputHead, OutputLayer
 from shared.heads.tasks import IGNORE
 from shared.models.model import Base
 

@@ -21,7 +21,8 @@ from safetensors.numpy import load, save
 from shared.config import Scenario, load_scenario
 from shared.errors import CampaignError, PrivacyError
 from shared.heads.adapter import Arrays, trained_slots
-from shared.heads.head import Head, make_head
+from shared.heads.head import Head
+from shared.heads.registry import make_head
 from shared.models.kernel import ANCHORS
 from shared.models.model import Base
 from shared.privacy.compatible import (

@@ -20,8 +20,8 @@ from shared.config import AdapterConfig, Scenario
 from shared.datasets import Record
 from shared.errors import PrivacyError
 from shared.heads.adapter import load_start, make_start, trained_slots
-from shared.heads.head import make_head
 from shared.heads.lora import FEDERATION_METHODS, FederationMethod
+from shared.heads.registry import make_head
 from shared.heads.tasks import TASKS, Labels, Scores, Targets
 from shared.models.features import Features, compute_hidden
 from shared.privacy.policy import SUM

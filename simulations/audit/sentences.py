@@ -22,7 +22,7 @@ from client.training.site import Workbench
 from client.training.train import make_trainable
 from shared.config import AdapterConfig, Scenario, TaskConfig
 from shared.heads.adapter import Arrays, load_shared, make_start, trained_slots
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.heads.tasks import Labels, encode_dialogues
 from shared.models.features import Features, compute_hidden
 from shared.models.model import Base, load_base

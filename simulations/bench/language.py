@@ -22,7 +22,8 @@ from shared.config import Scenario, load_scenario
 from shared.datasets import Record
 from shared.errors import CampaignError
 from shared.heads.adapter import Arrays, make_start, read_shared, shared_parameters, trained_slots
-from shared.heads.head import CausalHead, make_head
+from shared.heads.causal import CausalHead
+from shared.heads.registry import make_head
 from shared.heads.tasks import IGNORE, Labels, encode_dialogues
 from shared.models.features import compute_hidden
 from shared.models.model import Base

@@ -21,7 +21,8 @@ from shared.config import Scenario, load_scenario
 from shared.datasets import Dataset
 from shared.errors import ScenarioError
 from shared.heads.adapter import Arrays, load_shared, load_start, shared_parameters
-from shared.heads.head import RatingHead, make_head
+from shared.heads.rating import RatingHead
+from shared.heads.registry import make_head
 from shared.heads.scoring import rmse
 from shared.models.features import micro_batches
 from shared.models.model import Base

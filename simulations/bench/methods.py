@@ -14,7 +14,7 @@ from client.training.site import TextFeatures, resident_base, resident_dataset, 
 from server.checkpoint import newest_checkpoint
 from shared.config import PersonalConfig, Scenario, load_scenario
 from shared.heads.adapter import Arrays, load_start, make_start
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.heads.scoring import rmse
 from shared.metrics.ratings import user_rmse
 from shared.progress import progress

@@ -30,7 +30,7 @@ from shared.datasets import Dataset
 from shared.errors import CampaignError
 from shared.flower.grid import InlineGrid
 from shared.heads.adapter import make_start, trained_slots
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.heads.tasks import Scores, Targets
 from shared.models.features import Features
 from shared.privacy.calibration import make_policy

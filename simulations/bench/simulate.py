@@ -32,7 +32,7 @@ from shared.errors import CampaignError
 from shared.flower.grid import InlineGrid, Metered, run_inline, seats
 from shared.flower.ray_engine import run_ray
 from shared.heads.adapter import Arrays, load_shared, load_start, make_start, read_shared, shared_parameters
-from shared.heads.head import RatingHead
+from shared.heads.rating import RatingHead
 from shared.models.features import compute_features
 from shared.models.model import Base, load_base
 from shared.privacy.policy import Policy

@@ -15,7 +15,7 @@ import numpy as np
 from client.training.site import TextFeatures, resident_base, resident_dataset, use_threads
 from shared.config import PrivacyConfig, Scenario, StatisticsConfig, load_scenario
 from shared.heads.adapter import make_start
-from shared.heads.head import make_head
+from shared.heads.registry import make_head
 from shared.heads.scoring import rmse
 from shared.privacy.noise import seeded_generator
 from shared.progress import progress

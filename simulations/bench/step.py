@@ -23,7 +23,8 @@ from shared.config import Scenario
 from shared.datasets import Dataset, Record
 from shared.errors import CampaignError
 from shared.heads.adapter import Arrays, load_start, make_start, read_shared, shared_parameters, trained_slots
-from shared.heads.head import Head, RatingHead
+from shared.heads.head import Head
+from shared.heads.rating import RatingHead
 from shared.heads.tasks import Scores
 from shared.models.features import compute_features, micro_batches
 from shared.models.model import Base

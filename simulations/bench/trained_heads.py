@@ -30,7 +30,11 @@ from client.training.site import resident_base, resident_dataset
 from shared.config import Scenario, load_scenario
 from shared.datasets import Record
 from shared.heads.adapter import load_shared, make_start, read_shared, read_start
-from shared.heads.head import CausalHead, Head, RatingHead, make_head, pooled_features
+from shared.heads.causal import CausalHead
+from shared.heads.head import Head
+from shared.heads.output import pooled_features
+from shared.heads.rating import RatingHead
+from shared.heads.registry import make_head
 from shared.heads.scoring import text_predictions
 from shared.heads.tasks import TASKS, Labels, Targets, scores_of
 from shared.models.features import Features, compute_features, compute_hidden

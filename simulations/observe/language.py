@@ -12,7 +12,7 @@ from shared.datasets import Dataset, Record, UserData
 from shared.datasets.candidates import with_candidates
 from shared.errors import ScenarioError
 from shared.heads.adapter import Arrays, load_shared, load_start, read_shared, read_start
-from shared.heads.head import CausalHead
+from shared.heads.causal import CausalHead
 from shared.heads.scoring import response_scores
 from shared.metrics.language import (
     LANGUAGE_METRICS,

@@ -8,7 +8,7 @@ import numpy as np
 from client.training.site import TextFeatures
 from shared.config import Scenario
 from shared.datasets import Dataset, Record, UserData
-from shared.heads.head import CausalHead
+from shared.heads.causal import CausalHead
 from shared.heads.scoring import response_scores
 from shared.metrics.language import TokenScores
 from shared.models.model import Base

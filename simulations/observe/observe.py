@@ -18,7 +18,9 @@ from client.training.site import TextFeatures
 from shared.config import PersonaConfig, PersonalConfig, Scenario, TaskConfig
 from shared.datasets import Dataset, Record
 from shared.heads.adapter import Arrays, forget_device, load_shared, load_start, read_shared, read_start
-from shared.heads.head import Head, RatingHead, pooled_features
+from shared.heads.head import Head
+from shared.heads.output import pooled_features
+from shared.heads.rating import RatingHead
 from shared.heads.scoring import persona_predictions, rmse, text_predictions
 from shared.heads.tasks import Scores
 from shared.metrics.ratings import METRICS, Described, Interval, described, paired_difference, score_row, user_rmse

@@ -14,7 +14,7 @@ from shared.config import Scenario
 from shared.datasets import Dataset, Record, UserData
 from shared.errors import DataError
 from shared.heads.adapter import Arrays, load_start, read_start
-from shared.heads.head import pooled_features
+from shared.heads.output import pooled_features
 from shared.heads.ranking import RankingHead, unit
 from shared.heads.scoring import text_predictions
 from shared.metrics.ranking import (

@@ -13,7 +13,7 @@ from shared.config import Scenario
 from shared.datasets import Dataset, Record
 from shared.errors import DataError
 from shared.heads.adapter import Arrays, load_start, read_start
-from shared.heads.head import pooled_features
+from shared.heads.output import pooled_features
 from shared.heads.scoring import cross_entropy, text_predictions
 from shared.heads.tagging import TaggingHead
 from shared.metrics.ratings import Described, Interval, described, score_row
