@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from shared.errors import ScenarioError
+
 _EPILOG = """\
 examples:
   sottovoce sweep simulations/studies/frontier.toml --dry-run     the runs, what each would spend, how long it may take
@@ -60,6 +62,8 @@ def _sweep(options: argparse.Namespace) -> int:
         plan = forecast(options.study, out=out, workers=options.workers)
         print(json.dumps(plan, indent=2) if options.json else "\n".join(lines(plan)))
         return 0
+    if options.ray_address and options.engine != "ray":
+        raise ScenarioError("--ray-address needs --engine ray, got --engine processes.")
     code = 0
     if not options.report_only:
         from simulations.study.run import sweep

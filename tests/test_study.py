@@ -264,6 +264,73 @@ def test_a_sweep_that_was_killed_goes_on_and_plays_no_finished_run_again(study, 
     assert len(set(read_store(whole).column("run").to_pylist())) == 4
 
 
+def _children(pid):
+    """Worker processes of a sweep."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(each) for each in found if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+def _wait_until(holds, *, seconds=240.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves its processes unclosed
+def test_a_sweep_on_ray_gives_the_same_numbers(study, tmp_path):
+    path = study(GRID)
+    for engine in ("processes", "ray"):
+        assert not sweep(path, out=tmp_path / engine, workers=2, engine=engine, quiet=True).failures
+    assert _numbers(tmp_path / "ray") == _numbers(tmp_path / "processes")
+
+
+def test_an_address_is_refused_without_ray_and_where_nobody_answers(study, tmp_path, capsys):
+    for more, says in (([], "--ray-address needs --engine ray"), (["--engine", "ray"], "host:port of its head node")):
+        typed = ["sweep", str(study(GRID)), "--out", str(tmp_path / "out"), "--ray-address", "127.0.0.1:1", *more]
+        assert main(typed) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_killed_costs_its_run_and_no_other(study, tmp_path):
+    path, out = study(GRID), tmp_path / "out"
+    with _typed(path, out, "--json", "--quiet") as process:
+        _wait_until(lambda: list(out.glob(f"{RUNS}/*/scenario.json")))
+        [worker] = _children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 1
+    [failure] = json.loads((out / "study.json").read_text())["failures"]
+    assert "its worker process was killed" in failure["error"]
+    assert "fewer --workers" in said
+    assert len(set(read_store(out).column("run").to_pylist())) == 3
+    assert not sweep(path, out=out, workers=1, quiet=True).failures
+    assert not sweep(path, out=tmp_path / "whole", workers=2, quiet=True).failures
+    assert _numbers(out) == _numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(study, tmp_path):
+    path, out = study(GRID), tmp_path / "out"
+    with _typed(path, out) as process:
+        _wait_until(lambda: list(out.glob(f"{RUNS}/*/scenario.json")))
+        workers = _children(process.pid)
+        began = time.monotonic()
+        os.kill(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 130
+        assert time.monotonic() - began < 20
+    assert "interrupted; what was finished is kept" in said
+    _wait_until(lambda: not any(Path(f"/proc/{each}").exists() for each in workers), seconds=10)
+    assert not sweep(path, out=out, workers=1, quiet=True).failures
+    assert len(set(read_store(out).column("run").to_pylist())) == 4
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path, capsys):
     path = study('[settings]\n"export.users" = 0\n[grid]\n"federation.cohort_size" = [999, 4]\n')

@@ -72,7 +72,7 @@ def run_ray(
         It returns only when ``main`` has returned, and what ``main`` raises comes out as it is. Nothing that was
         started is left running, whatever happens.
     """
-    with _quiet_logs(), _ray_cluster(workers=workers, address=address):
+    with _quiet_logs(), ray_cluster(workers=workers, address=address):
         engine = _Engine(_Configured(client_app, run_config), devices=devices)
         try:
             main(MeteredGrid(engine.grid(), check=engine.check))
@@ -157,8 +157,16 @@ def _quiet_logs() -> Iterator[None]:
 
 
 @contextmanager
-def _ray_cluster(*, workers: int | None, address: str | None) -> Iterator[None]:
-    """Start Ray on this machine and stop it, or join a cluster and leave it."""
+def ray_cluster(*, workers: int | None, address: str | None) -> Iterator[None]:
+    """Start Ray on this machine and stop it, or join a cluster and leave it.
+
+    Args:
+        workers: How many CPUs to offer on this machine, listening on loopback only; None is all.
+        address: ``host:port`` of a cluster to join instead; its nodes find modules where this process finds them.
+
+    Raises:
+        CampaignError: This process uses Ray already, or Ray could not be started or joined.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray

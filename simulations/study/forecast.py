@@ -12,9 +12,7 @@ from simulations.study.plan import Run, make_run, plan_runs
 from simulations.study.store import FILE, is_finished, read_store
 from simulations.study.table import duration
 
-# Seconds of one device's round with and without blocks in the head, scoring and report included, of a small encoder on
-# one core of the machine of docs/measurements: a first guess, until runs of the study itself are finished.
-_HEAD_S, _BLOCK_S, _RUN_S = 0.002, 0.08, 15.0
+_AUDIT_S = {"none": 0.0, "quick": 20.0, "full": 120.0}  # of one run with a claim; a rough guess
 
 
 def forecast(file: Path, *, out: Path, workers: int | None = None) -> dict[str, Any]:
@@ -37,11 +35,15 @@ def forecast(file: Path, *, out: Path, workers: int | None = None) -> dict[str, 
     runs = plan_runs(study, file)
     count = workers or os.cpu_count() or 1
     seconds, measured = _seconds_of(runs, out)
-    pending = [took for run, took in zip(runs, seconds, strict=True) if not is_finished(out, run.key)]
+    pending = [
+        took + (_AUDIT_S[study.audit] if run.scenario.privacy.trust != "none" else 0.0)
+        for run, took in zip(runs, seconds, strict=True)
+        if not is_finished(out, run.key)
+    ]
     trials = study.search.trials if study.search else 0
     if study.search:
         plain = make_run(study, file, point="as it is", settings={}, seed=study.seeds[0], trial=0)
-        each = sum(seconds) / len(seconds) if seconds else _guess(plain)
+        each = sum(seconds) / len(seconds) if seconds else plain.weight
         pending += [each] * (trials + len(study.seeds))
     return {
         "name": study.name,
@@ -100,16 +102,10 @@ def _seconds_of(runs: Sequence[Run], out: Path) -> tuple[list[float], bool]:
     if timed:
         rate = sum(took for took, _ in timed) / sum(weight for _, weight in timed)
         return [known.get(run.key, rate * run.weight) for run in runs], True
-    return [_guess(run) for run in runs], False
+    return [run.weight for run in runs], False
 
 
 def _measured(out: Path) -> dict[str, float]:
     table: pa.Table = read_store(out).select(["run", "wall_s"])
     pairs = table.group_by(["run", "wall_s"]).aggregate([]).to_pylist()
     return {each["run"]: each["wall_s"] for each in pairs if each["wall_s"] is not None}
-
-
-def _guess(run: Run) -> float:
-    each = _HEAD_S if run.scenario.model.head_blocks == 0 else _BLOCK_S
-    linear = _HEAD_S if run.scenario.linear_campaign() is not None else 0.0
-    return _RUN_S + (each + linear) * run.weight

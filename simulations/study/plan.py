@@ -16,7 +16,10 @@ from simulations.study.config import Study, Value
 CHOSEN = "chosen"  # label of the point that a search ends with
 # Where and how fast a run is played, and nothing of what comes out.
 _PLACE = {"performance": {"engine", "workers", "ray_address", "threads"}}
-_EVERY_RUN = 3000.0
+# Seconds of one core of the machine of docs/measurements: what every run takes with its scores and its report, and one
+# device's round by what a head is made of: an output alone, a block of a small encoder, a block of a language model.
+_RUN_S, _OUTPUT_S, _BLOCK_S, _WORDS_S = 10.0, 0.0015, 0.012, 2.5
+_WORDS = ("generation", "preference")
 _WORKER = ("performance.engine=inline", "performance.threads=1")  # the runs are played beside each other
 
 
@@ -45,12 +48,15 @@ class Run:
 
     @property
     def weight(self) -> float:
-        """How long it takes beside others of the study: rounds of one device, twice where it is attacked, and what
-        every run takes.
+        """Seconds it may take on one core, a guess by its rounds, its cohort and its head; twice where it is attacked.
+
+        Good for how long runs of one study take beside each other; how long they take is known when one is finished.
         """
-        federation, cohort = self.scenario.federation, self.scenario.federation.cohort_size
-        size = 1000 if cohort == "all" else cohort
-        return _EVERY_RUN + federation.rounds * size * (2 if self.scenario.attack.membership else 1)
+        scenario, cohort = self.scenario, self.scenario.federation.cohort_size
+        blocks = _WORDS_S if scenario.task.name in _WORDS else _BLOCK_S
+        each = (blocks if scenario.model.head_blocks else _OUTPUT_S) + (_OUTPUT_S if scenario.linear.enabled else 0.0)
+        seconds = _RUN_S + each * scenario.federation.rounds * (1000 if cohort == "all" else cohort)
+        return seconds * (2 if scenario.attack.membership else 1)
 
 
 def plan_runs(study: Study, path: Path) -> list[Run]:

@@ -106,5 +106,7 @@ def _end_with(sentinel: int) -> None:
 
 def reason_of(error: BaseException) -> str:
     """One line that says what stopped a run."""
+    if type(error).__name__ in ("BrokenProcessPool", "ActorDiedError", "ActorUnavailableError"):  # two of them Ray's
+        return "its worker process was killed, by the system if memory ran out; sweep again, with fewer --workers."
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, SottovoceError) else f"{type(error).__name__}: {text}"

@@ -63,7 +63,7 @@ class Sweep:
         self.join(now=True)
 
     def _play(self, waiting: list[Line]) -> None:
-        free, busy = list(self.workers), dict[Future[Any], tuple[Worker, Line | None, str]]()
+        free, busy = list(self.workers), dict[Future[Any], tuple[Worker, Line, str]]()
         preparing = set[str]()
         while waiting or busy:
             if len(self.failures) >= self.study.most_failures:
@@ -79,15 +79,17 @@ class Sweep:
                     busy[future] = (worker, chosen, shared)
                 else:
                     preparing.add(shared)
-                    busy[worker.submit(prepare, chosen.run)] = (worker, None, shared)
+                    self.board.prepares(chosen)
+                    busy[worker.submit(prepare, chosen.run)] = (worker, chosen, shared)
             done, _ = wait(busy, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
                 worker, line, shared = busy.pop(future)
                 free.append(worker)
-                if line is None:
+                if line.status == "preparing":
                     preparing.discard(shared)
                     self._prepared.add(shared)  # what was wrong with it comes up again in its runs, one by one
                     future.exception()
+                    self.board.prepares(line, over=True)
                 else:
                     self._ended(line, future.exception())
             self.board.draw()
@@ -193,13 +195,15 @@ def sweep(
         going.write()
         (out / RUNS).mkdir(exist_ok=True)
         with start_workers(count, engine=engine, folder=out, address=address) as going.workers:
-            if runs:
-                going.play(runs)
-            if study.search and len(going.failures) < study.most_failures:
-                going.tuning = search.search(going)
-            going.said = tuning.said(study, going.runs, going.tuning)
-            going.write()
-            going.join(now=True)
+            try:
+                if runs:
+                    going.play(runs)
+                if study.search and len(going.failures) < study.most_failures:
+                    going.tuning = search.search(going)
+            finally:
+                going.said = tuning.said(study, going.runs, going.tuning)
+                going.write()
+                going.join(now=True)
     return going
 
 

@@ -10,7 +10,7 @@ from typing import Literal, TextIO
 
 from simulations.study.plan import Run
 
-Status = Literal["waiting", "running", "done", "kept", "failed"]
+Status = Literal["waiting", "preparing", "running", "done", "kept", "failed"]
 _REDRAW_S = 1.0
 
 
@@ -38,7 +38,7 @@ def time_left(lines: Sequence[Line], *, workers: int, now: float) -> float | Non
         return None
     rate = sum(line.seconds or 0.0 for line in timed) / sum(line.run.weight for line in timed)
     running = [max(0.0, rate * line.run.weight - (now - line.began)) for line in lines if line.status == "running"]
-    waiting = [rate * line.run.weight for line in lines if line.status == "waiting"]
+    waiting = [rate * line.run.weight for line in lines if line.status in ("waiting", "preparing")]
     total = sum(running) + sum(waiting)
     return max([total / workers, *running, *waiting]) if total else 0.0
 
@@ -89,6 +89,11 @@ class Board:
         self.lines += added
         return added
 
+    def prepares(self, line: Line, *, over: bool = False) -> None:
+        """What a run shares with others is being computed for it, or has been."""
+        line.status = "waiting" if over else "preparing"
+        self.draw(now=True)
+
     def began(self, line: Line) -> None:
         """A run has begun."""
         line.status, line.began = "running", self._clock()
@@ -109,7 +114,10 @@ class Board:
 
     def head(self) -> str:
         """How many runs are in which state, and the time left."""
-        count = {status: sum(line.status == status for line in self.lines) for status in ("running", "failed", "kept")}
+        count = {
+            status: sum(line.status == status for line in self.lines)
+            for status in ("preparing", "running", "failed", "kept")
+        }
         over = sum(line.status in ("done", "kept") for line in self.lines)
         words = [f"{over} of {len(self.lines)} runs done"]
         words += [f"{number} {status}" for status, number in count.items() if number and status != "kept"]
@@ -131,7 +139,7 @@ class Board:
 
     def _body(self, height: int) -> list[str]:
         """As many runs as fit: those that failed or are running, then the latest that ended, then the next."""
-        order: dict[Status, int] = {"running": 0, "failed": 1, "done": 2, "waiting": 3, "kept": 4}
+        order: dict[Status, int] = {"running": 0, "preparing": 1, "failed": 2, "done": 3, "waiting": 4, "kept": 5}
         ranked = sorted(range(len(self.lines)), key=lambda i: (order[self.lines[i].status], -self.lines[i].began, i))
         shown = sorted(ranked[:height])
         names = [f"{self.lines[i].run.point}, seed {self.lines[i].run.seed}" for i in shown]
@@ -141,4 +149,4 @@ class Board:
     def _state(self, line: Line) -> str:
         seconds = self._clock() - line.began if line.status == "running" else line.seconds
         took = duration(seconds) if seconds is not None else ""
-        return f"{line.status:<8} {took:>12}  {line.words}".rstrip()
+        return f"{line.status:<9} {took:>12}  {line.words}".rstrip()

@@ -77,6 +77,8 @@ def price_of(policies: Sequence[Policy]) -> dict[str, Any]:
 def said(study: Study, runs: Sequence[Run], tuning: dict[str, Any] | None) -> list[str]:
     """What a study says of its choices, in sentences, for its output and its report."""
     points = len(dict.fromkeys(run.point for run in runs if run.trial is None))
+    if tuning is None and study.search:
+        return ["The search of this study has chosen nothing yet; what its trials read are validation records."]
     if tuning is None:
         return [
             f"This sweep tuned nothing: all {points} points are shown as the study file lists them, scored on test "

@@ -99,20 +99,17 @@ def start_workers(count: int, *, engine: str, folder: Path, address: str | None 
 
     Raises:
         ScenarioError: There is no such engine.
+        CampaignError: Ray could not be started or joined.
     """
     logs = [folder / f"worker-{number}.log" for number in range(count)]
     if engine == "processes":
         with _stopped([LocalWorker(log) for log in logs]) as workers:
             yield workers
     elif engine == "ray":
-        import ray
+        from shared.flower.ray_engine import ray_cluster
 
-        ray.init(address=address, num_cpus=None if address else count, include_dashboard=False, log_to_driver=False)
-        try:
-            with _stopped([RayWorker(log) for log in logs]) as workers:
-                yield workers
-        finally:
-            ray.shutdown()
+        with ray_cluster(workers=count, address=address), _stopped([RayWorker(log) for log in logs]) as workers:
+            yield workers
     else:
         raise ScenarioError(f"--engine must be processes or ray, got {engine!r}.")
 
