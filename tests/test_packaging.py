@@ -398,6 +398,9 @@ def test_the_pages_of_speed_peers_and_studies_quote_what_was_measured():
     swept = json.loads((ROOT / "docs" / "measurements" / "bench-sweep.json").read_text(encoding="utf-8"))
     gain = {name: -100 * each for name, each in swept["overhead"].items()}
     assert f"{gain['median']:.0f} % [{gain['high']:.0f}, {gain['low']:.0f}] less" in page
+    searched = studies["learning-rate"]
+    assert f"it chose {searched['tuning']['chosen']['federation.server_learning_rate']:.2f}" in page
+    assert f"RMSE {searched['points'][0]['rows']['personal']:.3f} on test" in page
     for study in studies.values():
         assert study["failures"] == []
         for claim in study["headline"]:
