@@ -380,7 +380,9 @@ class PerformanceConfig(Settings):
     engine: Literal["inline", "ray"] = "inline"  # devices in this process, or on Flower's simulation engine
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None  # of ray; by default one for each processor
     ray_address: str = ""  # of a Ray cluster that runs already; empty starts one on this machine
-    micro_batch: Count = 1024  # tokens per forward pass; the sum of clipped gradients does not see it
+    micro_batch: Count = (
+        512  # tokens per forward pass, which is what a step's memory is of; the clipped sum does not see it
+    )
     # Of products with frozen weights in a training step: mixed rounds to bfloat16 what it multiplies, which moves a
     # gradient by about a hundredth; auto is mixed where the processor multiplies bfloat16.
     precision: Literal["auto", "fp32", "mixed"] = "fp32"

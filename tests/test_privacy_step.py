@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from opacus import GradSampleModule
 
 import client.training.optimizer
 import client.training.train
 import shared.models.features
 from client.training.optimizer import PolicyOptimizer
+from client.training.per_sample import PerSample
 from client.training.train import make_trainable
 from shared.errors import RefusedError
 from shared.heads.adapter import shared_parameters
@@ -200,12 +200,12 @@ def test_every_trainable_tensor_gets_the_gradient_of_each_record_alone(
         assert all(abs(w).max() > 0 for w in wanted)
         return all(abs(f - w[order]).max() <= 1e-4 * abs(w).max() for f, w in zip(found, wanted, strict=True))
 
-    class Mean(GradSampleModule):
+    class Mean(PerSample):
         def __init__(self, head, *, loss_reduction):
             super().__init__(head, loss_reduction="mean")
 
     assert right()
-    monkeypatch.setattr(client.training.train, "GradSampleModule", Mean)
+    monkeypatch.setattr(client.training.train, "PerSample", Mean)
     assert not right()
 
 

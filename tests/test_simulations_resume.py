@@ -126,7 +126,7 @@ def test_what_is_no_run_of_this_scenario_is_not_resumed(whole, tiny_world, tmp_p
     with pytest.raises(ScenarioError, match=r"there federation.rounds = 4, here 3"):
         simulate(load_scenario(tiny_world(tmp_path), CHANGES[1:]), out=reference, quiet=True, resume=True)
     smaller = load_scenario(tiny_world(tmp_path), (*CHANGES, "performance.micro_batch=64"))
-    with pytest.raises(ScenarioError, match=r"there performance.micro_batch = 1024, here 64"):
+    with pytest.raises(ScenarioError, match=r"there performance.micro_batch = 512, here 64"):
         simulate(smaller, out=reference, quiet=True, resume=True)
     with pytest.raises(ScenarioError, match=r"holds no scenario\.json"):
         simulate(scenario, out=tmp_path / "nothing", quiet=True, resume=True)

@@ -8,6 +8,7 @@ import numpy as np
 from opacus import GradSampleModule
 
 from client.training.optimizer import make_optimizer
+from client.training.per_sample import PerSample
 from shared.errors import PrivacyError, RefusedError
 from shared.heads.adapter import Arrays, load_shared, private_parameters, read_shared, shared_parameters
 from shared.heads.head import Head
@@ -32,7 +33,7 @@ def make_trainable(head: Head, policy: Policy, *, precision: Precision = "fp32")
     head.quicken(precision)
     head.train()  # Opacus records activations in this mode only; the head has no dropout that it could switch on
     per_sample = policy.unit == "record" and policy.trust != "none"
-    return GradSampleModule(head, loss_reduction="sum") if per_sample else head
+    return PerSample(head, loss_reduction="sum") if per_sample else head
 
 
 def train_shared(

@@ -5,23 +5,17 @@ every way takes the step without noise, and its answer is compared with that of 
 another answer the distance is stated, and its time says nothing about the same step.
 """
 
-import ctypes
 import importlib
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from opacus import GradSampleModule
 from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.optimizers import DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
@@ -33,8 +27,9 @@ from shared.errors import CampaignError
 from shared.heads.adapter import Arrays, read_shared, shared_parameters
 from shared.models.model import Base
 from shared.progress import progress
+from simulations.bench.peak import peak_mib
 from simulations.bench.simulate import _average
-from simulations.bench.step import AllLayers, Silent, _Prepared, _with, distance, spread
+from simulations.bench.step import AllLayers, Silent, _Prepared, _with, distance, pad, plain_step, spread
 from simulations.machine import about
 
 PEERS: Mapping[str, str] = {"dp-lora": "dp_lora", "opake-dpsgd": "opake.dpsgd"}  # package -> what it is imported as
@@ -84,24 +79,11 @@ class Step:
 Way = Callable[[Step], Callable[[], object]]
 
 
-def _opacus(step: Step, *, functorch: bool = False) -> Callable[[], object]:
-    policy = step.prepared.policy
-    module = GradSampleModule(step.model, loss_reduction="sum", force_functorch=functorch)
-    optimizer = DPOptimizer(
-        step.sgd(),
-        noise_multiplier=step.noise,
-        max_grad_norm=policy.clip_norm,
-        expected_batch_size=policy.denominator,
-    )
-
-    def run() -> None:
-        optimizer.zero_grad()
-        loss = 0.5 * (module(step.token_ids, step.mask) - step.targets).square().sum()
-        with quiet_hooks():
-            loss.backward()
-        optimizer.step()
-
-    return run
+def _opacus(step: Step, *, functorch: bool = False, onednn: bool = False) -> Callable[[], object]:
+    if onednn:  # our products with frozen weights under their hooks: tells a library's part from an algorithm's
+        step.prepared.head.quicken("fp32")
+    padded = step.token_ids, step.mask, step.targets
+    return plain_step(step.prepared, *padded, noise_multiplier=step.noise, functorch=functorch)
 
 
 def _ghost(step: Step) -> Callable[[], object]:
@@ -195,6 +177,7 @@ def _opake(step: Step) -> Callable[[], object]:
 
 WAYS: Mapping[str, tuple[str | None, Way]] = {  # name -> the package that must be there beside ours, and the way
     "opacus_hooks": (None, _opacus),
+    "opacus_hooks_onednn": (None, lambda step: _opacus(step, onednn=True)),
     "opacus_functorch": (None, lambda step: _opacus(step, functorch=True)),
     "opacus_ghost": (None, _ghost),
     "dp_lora": ("dp-lora", _dp_lora),
@@ -240,7 +223,7 @@ def measure(*, rounds: int = 5, quiet: bool = False) -> dict[str, Any]:
         "over_opacus_hooks": {
             name: spread([x / y for x, y in zip(each, reference, strict=True)]) for name, each in times.items()
         },
-        "peak_mib": {name: _peak_mib(name) for name in found.timed},
+        "peak_mib": {name: peak_mib("simulations.bench.peers:way_in_a_process", name) for name in found.timed},
         "answers_differ": found.differ,
         "left_out": found.left_out,
         **about("torch", "opacus", "peft", "transformers", *packages),
@@ -285,15 +268,8 @@ def _step(
 ) -> Step:
     everywhere = _with(scenario, blocks=base.num_blocks, trust="local")
     prepared = _Prepared(everywhere, base, dataset, records, randomness=Silent() if silent else None)
-    ids = base.tokenize([record.text for record in records], max_tokens=64)
-    longest = max(map(len, ids))
-    return Step(
-        prepared,
-        token_ids=torch.tensor([row + [0] * (longest - len(row)) for row in ids]),
-        mask=torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids]),
-        targets=prepared.targets.batch(np.arange(len(records)), longest),
-        noise=0.0 if silent else prepared.policy.noise_multiplier,
-    )
+    noise = 0.0 if silent else prepared.policy.noise_multiplier
+    return Step(prepared, *pad(prepared, base, records), noise=noise)
 
 
 def _way(name: str, step: Step) -> Callable[[], object]:
@@ -310,30 +286,12 @@ def _answer(name: str, scenario: Scenario, base: Base, dataset: Dataset, records
     return given if isinstance(given, dict) else step.change()
 
 
-def _peak_mib(name: str) -> float:
-    """What one step takes beyond what stood before it, in a process of its own."""
-    program = "import sys; from simulations.bench.peers import _print_peak; _print_peak(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def _print_peak(name: str) -> None:
-    """Run one step and print by how many MiB the process's largest resident size went up."""
+def way_in_a_process(name: str) -> Callable[[], object]:
+    """One way's step, for a process of its own."""
     use_threads(1)
     scenario = Scenario(name="bench-peers")
     base, dataset = resident_base(scenario.model.base), resident_dataset(scenario.data)
-    run = _way(name, _step(scenario, base, dataset, _average(dataset)))
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # room that the set-up freed would hide what a step takes
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is of what follows
-    before = _resident_mib("VmRSS")
-    run()
-    sys.stdout.write(f"{_resident_mib('VmHWM') - before:.1f}\n")
-
-
-def _resident_mib(name: str) -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    [line] = [line for line in status.splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1]) / 1024
+    return _way(name, _step(scenario, base, dataset, _average(dataset)))
 
 
 def lines(measured: dict[str, Any]) -> list[str]:

@@ -27,8 +27,9 @@ from shared.models.model import Base
 from shared.models.products import Frozen, Precision, multiplies_bfloat16, uses_onednn
 from shared.progress import progress
 from simulations.bench.language import _SCENARIO, _Device
+from simulations.bench.peak import peak_mib
 from simulations.bench.simulate import _average, _publish, _small
-from simulations.bench.step import Silent, _plain_step, _Prepared, _with, distance, spread
+from simulations.bench.step import Silent, _Prepared, _with, distance, pad, plain_step, spread
 from simulations.campaigns import FATAL
 from simulations.machine import about, goal, goal_lines
 
@@ -48,8 +49,8 @@ def measure(*, rounds: int = 5, quiet: bool = False, language: bool = True) -> d
         language: Whether SmolLM2 is measured too, which takes most of the time.
 
     Returns:
-        ``goals``, ``ratios``, ``cpu_ms_per_step``, ``gemm_gflops``, ``one_round_of_everybody_s``, what was compared,
-        machine, versions and commit.
+        ``goals``, ``ratios``, ``cpu_ms_per_step``, ``gemm_gflops``, ``one_round_of_everybody_s``,
+        ``smollm2_step_peak_mib`` (beyond what stood before the step), what was compared, machine, versions and commit.
 
     Raises:
         CampaignError: A variant's answer is further off than its precision allows.
@@ -73,8 +74,12 @@ def measure(*, rounds: int = 5, quiet: bool = False, language: bool = True) -> d
     pairs = {name: pair for name, pair in _PAIRS.items() if pair[0] in times}
     ratios = {name: spread([x / y for x, y in zip(times[a], times[b], strict=True)]) for name, (a, b) in pairs.items()}
     everybody = _one_round(scenario, base, dataset)
+    ways = ("opacus", "fp32", "mixed") if language else ()
+    peaks = {name: peak_mib("simulations.bench.speed:language_step", name) for name in ways}
     goals = {name: goal(ratios[name]["median"], **limit) for name, limit in _GOALS.items() if name in ratios}
     goals["one_round_of_943_users_s"] = goal(everybody, at_most=30.0)
+    if peaks:
+        goals["smollm2_step_memory_of_opacus"] = goal(max(peaks["fp32"], peaks["mixed"]) / peaks["opacus"], at_most=0.5)
     tokens = int(sum(map(len, base.tokenize([r.text for r in _average(dataset)], max_tokens=64))))
     needed = 1e-9 * tokens * 2 * 2 * sum(p.numel() for b in base.family.blocks(base.model) for p in _matrices(b))
     fractions = {
@@ -90,6 +95,7 @@ def measure(*, rounds: int = 5, quiet: bool = False, language: bool = True) -> d
         "gemm_gflops": peak,
         "fraction_of_gemm_peak": fractions,
         "one_round_of_everybody_s": everybody,
+        "smollm2_step_peak_mib": peaks,
         "answers_differ": differ,
         "processor": {
             "name": str(torch.cpu.get_capabilities().get("cpu_name", "unknown")),
@@ -168,7 +174,7 @@ def _encoder(scenario: Scenario, base: Base, dataset: Any) -> tuple[dict[str, Ca
     def plain(*, noise_multiplier: float | None = None) -> tuple[_Prepared, Callable[[], None]]:
         prepared = _Prepared(_with(scenario, blocks=every, trust="local"), base, dataset, records)
         noise = prepared.policy.noise_multiplier if noise_multiplier is None else noise_multiplier
-        return prepared, _plain_step(prepared, base, records, noise_multiplier=noise)
+        return prepared, plain_step(prepared, *pad(prepared, base, records), noise_multiplier=noise)
 
     prepared, step = plain(noise_multiplier=0.0)
     step()
@@ -214,6 +220,18 @@ def _language() -> tuple[dict[str, Callable[[], float]], dict[str, float]]:
     return {name: lambda step=step: _seconds(step) for name, step in steps.items()}, differ  # type: ignore[misc]
 
 
+def language_step(name: str) -> Callable[[], object]:
+    """One step of SmolLM2 over all layers, for a process of its own: ``opacus``, ``fp32`` or ``mixed``."""
+    use_threads(1)
+    scenario = load_scenario(_SCENARIO)
+    if name == "mixed":
+        scenario = scenario.model_copy(update={"performance": PerformanceConfig(precision="mixed")})
+    base = resident_base(scenario.model.base)
+    records = resident_dataset(scenario.data).users[0].fit[:_LANGUAGE_RECORDS]
+    device = _Device(base, records, scenario, blocks=base.num_blocks)
+    return device.plain(noise_multiplier=device.policy.noise_multiplier) if name == "opacus" else device.ours()
+
+
 def _check(differ: dict[str, float], tolerances: dict[str, float]) -> None:
     for name, apart in differ.items():
         allowed = tolerances[name.rsplit("_", 1)[1]]
@@ -251,6 +269,10 @@ def lines(measured: dict[str, Any]) -> list[str]:
     ]
     out += [f"  product, {name:<35} {value:9.0f} GFLOP/s" for name, value in measured["gemm_gflops"].items()]
     out += [f"  {name} reaches {value:.0%} of it" for name, value in measured["fraction_of_gemm_peak"].items()]
+    out += [
+        f"  a step of SmolLM2, {name:<31} {mib:7.0f} MiB at most"
+        for name, mib in measured["smollm2_step_peak_mib"].items()
+    ]
     out += [f"  one round of everybody {measured['one_round_of_everybody_s']:.1f} s"]
     out += [f"  {name} differs by {apart:.1e}" for name, apart in measured["answers_differ"].items()]
     return [*out, *goal_lines(measured["goals"])]

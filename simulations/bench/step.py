@@ -180,7 +180,7 @@ class _Prepared:
         self.features = self.head.prepare(features)
         self.targets = Scores([record.target for record in records])
 
-    def train(self, module: GradSampleModule | Head, *, steps: int, micro_batch: int = 1024) -> Arrays:
+    def train(self, module: GradSampleModule | Head, *, steps: int, micro_batch: int = 512) -> Arrays:
         """``steps`` steps of the device's own training function."""
         return train_shared(
             module,
@@ -202,7 +202,7 @@ def _ours(
     blocks: int,
     trust: str = "local",
     randomness: Randomness | None = None,
-    micro_batch: int = 1024,
+    micro_batch: int = 512,
 ) -> Callable[[], float]:
     scenario = _with(scenario, blocks=blocks, trust=trust)
     prepared = _Prepared(scenario, base, dataset, records, randomness=randomness)
@@ -220,7 +220,8 @@ def _opacus(scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Rec
     """One step of Opacus' own module and optimizer over all layers, built from its documented parts."""
     scenario = _with(scenario, blocks=base.num_blocks, trust="local")
     prepared = _Prepared(scenario, base, dataset, records)
-    step = _plain_step(prepared, base, records, noise_multiplier=prepared.policy.noise_multiplier)
+    padded = pad(prepared, base, records)
+    step = plain_step(prepared, *padded, noise_multiplier=prepared.policy.noise_multiplier)
 
     def run() -> float:
         started = time.process_time()
@@ -230,17 +231,30 @@ def _opacus(scenario: Scenario, base: Base, dataset: Dataset, records: tuple[Rec
     return run
 
 
-def _plain_step(
-    prepared: _Prepared, base: Base, records: tuple[Record, ...], *, noise_multiplier: float
-) -> Callable[[], None]:
-    policy = prepared.policy
-    ids = base.tokenize([r.text for r in records], max_tokens=64)
+def pad(prepared: _Prepared, base: Base, records: tuple[Record, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and mask (n, T) of all records as one batch, padded to the longest, and targets (n,)."""
+    ids = base.tokenize([record.text for record in records], max_tokens=64)
     longest = max(map(len, ids))
-    token_ids = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids])
+    return (
+        torch.tensor([row + [0] * (longest - len(row)) for row in ids]),
+        torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids]),
+        prepared.targets.batch(np.arange(len(records)), longest),
+    )
+
+
+def plain_step(
+    prepared: _Prepared,
+    token_ids: Tensor,
+    mask: Tensor,
+    targets: Tensor,
+    *,
+    noise_multiplier: float,
+    functorch: bool = False,
+) -> Callable[[], None]:
+    """One step of Opacus' own module and optimizer over all layers; arguments as ``pad`` gives them."""
+    policy = prepared.policy
     prepared.head.train()
-    module = GradSampleModule(AllLayers(prepared.head), loss_reduction="sum")
-    targets = prepared.targets.batch(np.arange(len(records)), longest)
+    module = GradSampleModule(AllLayers(prepared.head), loss_reduction="sum", force_functorch=functorch)
     optimizer = DPOptimizer(
         torch.optim.SGD(list(shared_parameters(prepared.head).values()), lr=policy.learning_rate),
         noise_multiplier=noise_multiplier,
@@ -267,7 +281,7 @@ def compare_answers(scenario: Scenario, base: Base, dataset: Dataset, records: t
     again = _Prepared(
         _with(scenario, blocks=base.num_blocks, trust="local"), base, dataset, records, randomness=Silent()
     )
-    _plain_step(again, base, records, noise_multiplier=0.0)()
+    plain_step(again, *pad(again, base, records), noise_multiplier=0.0)()
     plain = {name: after - again.start[name] for name, after in read_shared(again.head).items()}
     loose = scenario.model_copy(update={"privacy": scenario.privacy.model_copy(update={"clip_norm": 10.0})})
     updates = []
