@@ -266,6 +266,7 @@ _BENCHMARKS = {
     "language": (5, "a private step of a language model: cached prefixes against plain Opacus over all layers"),
     "speed": (5, "a private step against plain Opacus, none at all and this processor's peak; a round of everybody"),
     "peers": (5, "the same private step by Opacus in its three ways, by packages of others, and by us"),
+    "round": (5, "rounds of every user beside pfl, in an environment of its own that `--install` makes"),
     "sweep": (2, "a study of three runs against the same runs typed one by one; three minutes"),
     "endurance": (200, "whether a server and devices grow: memory, open files, disk; half an hour (rounds served)"),
     "waiting": (60, "what a waiting device costs a server; six minutes (seconds watched, with two devices and eight)"),
@@ -288,6 +289,8 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         )
         if kind == "scale":
             parser.add_argument("--users", type=_at_least_one, nargs="+", metavar="N", help="sizes to measure")
+        if kind == "round":
+            parser.add_argument("--install", action="store_true", help="make the environment: pip, about a gigabyte")
         parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
         parser.add_argument("--quiet", action="store_true", help="no progress")
         parser.set_defaults(handler=_bench, kind=kind)
@@ -321,8 +324,8 @@ def _at_least_one(text: str) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     benchmark = importlib.import_module(f"simulations.bench.{options.kind.replace('-', '_')}")
-    sizes = {"users": options.users} if getattr(options, "users", None) else {}
-    measured = benchmark.measure(rounds=options.rounds, quiet=options.quiet, **sizes)
+    more = {name: value for name in ("users", "install") if (value := getattr(options, name, None))}
+    measured = benchmark.measure(rounds=options.rounds, quiet=options.quiet, **more)
     print(json.dumps(measured, indent=2) if options.json else "\n".join(benchmark.lines(measured)))
     return 0
 

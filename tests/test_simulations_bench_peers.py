@@ -61,7 +61,14 @@ def test_a_package_that_is_not_there_is_left_out_with_the_reason(world, monkeypa
     found = bench._ways(*world)
     assert set(found.left_out) == {"dp-lora", "opake-dpsgd"}
     assert "pip install" in found.left_out["dp-lora"]
-    assert set(found.timed) == {"ours_fp32", "ours_mixed", "opacus_hooks", "opacus_hooks_onednn", "opacus_functorch", "opacus_ghost"}
+    assert set(found.timed) == {
+        "ours_fp32",
+        "ours_mixed",
+        "opacus_hooks",
+        "opacus_hooks_onednn",
+        "opacus_functorch",
+        "opacus_ghost",
+    }
 
 
 @dataclass
