@@ -303,6 +303,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     every.add_argument("--out", type=Path, default=Path("measurements"), metavar="DIR", help="(default: measurements)")
     every.add_argument("--only", nargs="+", choices=list(_BENCHMARKS), metavar="WHAT", help="these alone")
     every.add_argument("--list", action="store_true", help="list them and measure nothing")
+    every.add_argument("--install", action="store_true", help="make the environment that `round` needs")
     every.set_defaults(handler=_bench_all)
 
 
@@ -313,7 +314,7 @@ def _bench_all(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(f"{kind:<14}{_BENCHMARKS[kind][1]}" for kind in chosen))
         return 0
-    return 1 if measure_all(chosen, out=options.out) else 0
+    return 1 if measure_all(chosen, out=options.out, install=options.install) else 0
 
 
 def _at_least_one(text: str) -> int:

@@ -381,17 +381,25 @@ def test_the_pages_of_speed_peers_and_studies_quote_what_was_measured():
         json.loads((ROOT / "docs" / "measurements" / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("bench-speed", "peers", "studies")
     )
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
     for name, found in speed["ratios"].items():
         digits = 2 if name.startswith("dp_") else 1
         said = f"{found['median']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
         assert said in page, name
     assert f"**{speed['one_round_of_everybody_s']:.1f} s**" in page
+    for kind in ("opacus", "fp32", "mixed"):
+        assert f"{speed['smollm2_step_peak_mib'][kind]:,.0f}" in page
     page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     for name, each in peers["cpu_ms_per_step"].items():
         said = f"{each['median']:.0f} [{each['low']:.0f}, {each['high']:.0f}]"
         assert said in page, name
         assert f"| {peers['peak_mib'][name]:.0f} |" in page, name
+    rounds = json.loads((ROOT / "docs" / "measurements" / "bench-round.json").read_text(encoding="utf-8"))
+    for name, digits in (("cpu_ms_per_user", 2), ("over_pfl", 2)):
+        for each in rounds[name].values() if name == "cpu_ms_per_user" else [rounds[name]]:
+            assert f"{each['median']:.{digits}f} [{each['low']:.{digits}f}, {each['high']:.{digits}f}]" in page
+    assert f"{rounds['bytes_per_user']:,.0f} bytes" in page
+    assert rounds["answers_differ"] < 1e-4
     page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
     for point in studies["frontier"]["points"]:
         assert f"{point['rows']['personal']:.3f}" in page, point["point"]

@@ -73,9 +73,7 @@ def test_an_environment_is_made_only_where_that_is_asked_for(tmp_path, monkeypat
         bench.environment(install=True)
 
 
-def test_what_stops_the_other_framework_is_said(world, tmp_path, monkeypatch):
+def test_what_stops_the_other_framework_is_said(world, tmp_path):
     _, _, task = world
-    (tmp_path / "pfl.py").touch()  # no package of that name, wherever the test runs
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(CampaignError, match="pfl must run its rounds, got: ModuleNotFoundError"):
         bench._theirs(Path(sys.executable), task, tmp_path, noise=0.0)

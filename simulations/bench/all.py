@@ -6,15 +6,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from shared.errors import CampaignError
 from shared.files import write_atomically
 
 
-def measure_all(kinds: Sequence[str], *, out: Path) -> list[str]:
+def measure_all(kinds: Sequence[str], *, out: Path, install: bool = False) -> list[str]:
     """Measure, and go on where one fails.
 
     Args:
         kinds: As ``sottovoce bench`` names them.
         out: Folder for ``bench-KIND.json``; a file is whole or as it was before.
+        install: Make the environment that ``round`` needs; without it, where there is none, ``round`` is left out.
 
     Returns:
         Those that failed; what they said went to stderr.
@@ -24,6 +26,14 @@ def measure_all(kinds: Sequence[str], *, out: Path) -> list[str]:
     for number, kind in enumerate(kinds, start=1):
         began = time.monotonic()
         command = [sys.executable, "-m", "sottovoce.cli", "bench", kind, "--json", "--quiet"]
+        if kind == "round":
+            from simulations.bench.round import environment  # which loads torch
+
+            try:
+                environment(install=install)
+            except CampaignError as error:
+                sys.stderr.write(f"{number} of {len(kinds)} {kind}: left out: {error}\n")
+                continue
         done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
         path = out / f"bench-{kind}.json"
         if done.returncode:

@@ -35,8 +35,9 @@ from simulations.machine import about
 
 PINS = ("pfl[pytorch]==0.6.0", "torch>=2.13,<2.14")
 _ROUNDS = 5  # in one timing
+_PATIENCE_S = 1800  # with rounds that take seconds
 _RATE = 2.0  # of the server: a plain step along the mean
-_SAME = 1e-3  # relative distance of the arrays after the rounds; ours are rounded to a policy's grid
+_SAME = 1e-4  # relative distance of the arrays after the rounds; ours are rounded to a policy's grid
 
 
 def measure(
@@ -48,7 +49,7 @@ def measure(
         rounds: How often each framework is timed, interleaved.
         quiet: No progress on stderr.
         install: Make the other framework's environment where it is not there: a virtual environment in the user's cache
-            folder, filled by pip (about 1 GB).
+            folder, filled by pip, which looks where its own configuration says (about 1 GB with a CPU build of torch).
         data: Other users than those of MovieLens.
 
     Returns:
@@ -109,16 +110,18 @@ def environment(*, install: bool) -> Path:
     """
     folder = platformdirs.user_cache_path("sottovoce") / "environments" / PINS[0].replace("[pytorch]==", "-")
     python, done = folder / "bin" / "python", folder / "done"
-    if done.is_file():
+    if python.is_file() and done.is_file() and done.read_text(encoding="utf-8").split("\n") == list(PINS):
         return python
     if not install:
         raise CampaignError(f"{folder} must hold an environment with {PINS[0]}, it does not; make it with --install.")
-    for command in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-m", "pip", "install", "-q", *PINS]):
+    make = [sys.executable, "-m", "venv", "--clear", str(folder)]
+    fill = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS]
+    for command in (make, fill):
         ran = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if ran.returncode:
             said = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise CampaignError(f"{' '.join(command[1:4])} must succeed in {folder}, got: {said}")
-    done.touch()
+    done.write_text("\n".join(PINS), encoding="utf-8")
     return python
 
 
@@ -193,7 +196,7 @@ def _theirs(python: Path, task: dict[str, Any], folder: Path, *, noise: float) -
     np.savez(folder / "task.npz", noise_multiplier=noise, **task)
     script = Path(__file__).with_name("round_pfl.py")
     command = [str(python), "-I", str(script), str(folder / "task.npz"), str(folder / "result.npz")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
     if ran.returncode:
         raise CampaignError(f"pfl must run its rounds, got: {(ran.stderr.strip().splitlines() or ['nothing'])[-1]}")
     with np.load(folder / "result.npz") as got:
