@@ -66,11 +66,11 @@ class UnitCosts:
 
 
 UNITS = UnitCosts(
-    reply_ms=0.309,
-    waiting_cpu_s=0.177,
-    waiting_requests=22.8,
+    reply_ms=0.333,
+    waiting_cpu_s=0.18,
+    waiting_requests=23.0,
     sum_device=SumCost(7.33, 1.95, 1.09e-5, 4e-6, 0.0),
-    sum_survivor=SumCost(0.0, 0.0285, 2.26e-6, 3.57e-8, 2.69e-4),
+    sum_survivor=SumCost(0.0, 0.0285, 2.26e-6, 3.57e-8, 3.8e-4),
     sum_dropout=SumCost(0.19, 0.123, 2.64e-6, 3.55e-6, 0.0),
 )
 
@@ -287,20 +287,21 @@ def _bytes(scenario: Scenario, terms: SecureSum | None, *, cohort: int, values: 
 
 def _noise_of_the_mean(scenario: Scenario, noise: float, *, cohort: int) -> float:
     """Standard deviation of a number of the mean change, in clip norms, at the fewest devices that may stay."""
-    privacy = scenario.privacy
-    if privacy.unit == "record":
-        return noise * math.sqrt(scenario.training.steps / cohort) / privacy.denominator
-    groups = scenario.federation.groups if privacy.trust == "distributed" else 1
-    return noise * math.sqrt(groups) / cohort
+    if scenario.privacy.unit == "record":
+        return noise * math.sqrt(scenario.training.steps / cohort) / scenario.privacy.denominator
+    return noise * math.sqrt(_noises(scenario, cohort)) / cohort
 
 
 def _outweighed_by(scenario: Scenario, noise: float, *, cohort: int, values: int) -> int:
     """Users, or records, whose clipped changes point the same way and are as long as a round's noise."""
-    privacy = scenario.privacy
-    if privacy.unit == "record":
-        return math.ceil(noise * math.sqrt(values * cohort))
-    groups = scenario.federation.groups if privacy.trust == "distributed" else 1
-    return math.ceil(noise * math.sqrt(values * groups))
+    return math.ceil(noise * math.sqrt(values * _noises(scenario, cohort)))
+
+
+def _noises(scenario: Scenario, cohort: int) -> int:
+    """How many independent noises, each enough for a whole promise, are in the sum of a round."""
+    if scenario.privacy.unit == "record":
+        return cohort
+    return scenario.federation.groups if scenario.privacy.trust == "distributed" else 1
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -1,9 +1,11 @@
-"""What every measurement says of itself: machine, versions, commit."""
+"""What every measurement says of itself: machine, versions, commit; medians with their range; goals met or missed."""
 
 import os
 import platform
 import shutil
+import statistics
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,11 @@ def commit() -> str | None:
     root = Path(__file__).parent.parent
     found = subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def goal(value: float, *, at_most: float | None = None, at_least: float | None = None) -> dict[str, float | bool]:

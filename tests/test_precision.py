@@ -7,6 +7,7 @@ from torch import nn
 
 import shared.models.products as products
 from client.training.train import make_trainable
+from shared.models.features import Features
 from shared.models.products import Frozen, FrozenLinear, in_float32, quicken, resolve_precision
 
 FP32, MIXED = 1e-5, 3e-2  # relative error of a gradient against torch's own float32
@@ -93,6 +94,30 @@ def test_clipping_bounds_a_record_at_any_precision(steps, tiny_base, tiny_texts,
         assert 0.5 * 0.2 < moved <= 0.2 * (1 + 1e-4)  # float32 of the update's own digits
     one = train(range(6))
     assert all(np.array_equal(one[name], everybody[name]) for name in one)  # byte for byte
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed"])
+@pytest.mark.parametrize("kind", ["rating", "language"])
+def test_records_of_one_pass_move_each_other_by_last_bits_at_most(
+    steps, tiny_base, tiny_texts, tiny_causal, monkeypatch, precision, kind
+):
+    """A simulation's passes hold several records; what one of them says must not be in another's gradient."""
+    with_library(monkeypatch, onednn=True)
+    setting = (
+        steps.rating(tiny_base, tiny_texts[:9], blocks=2) if kind == "rating" else steps.language(tiny_causal, blocks=2)
+    )
+    policy, seen = setting.policy(), steps.Sums(monkeypatch)
+    order = np.argsort(setting.features.lengths, kind="stable")
+    changed = int(order[len(order) // 2])
+    arrays = [setting.features.batch([row])[0][0].numpy() for row in range(len(setting))]
+    arrays[changed] = -3 * arrays[changed][::-1]
+    for features in (setting.features, Features(arrays)):
+        module = make_trainable(setting.fresh_head(), policy, precision=precision)
+        setting.train(policy, features=features, module=module)
+    others = order != changed
+    before, after = (torch.cat([each.flatten(1) for each in one], 1) for one in seen.per_sample)
+    assert apart(after[~others], before[~others]) > 0.1
+    assert apart(after[others], before[others]) < 1e-6
 
 
 def test_per_sample_gradients_are_float32(steps, tiny_base, tiny_texts, monkeypatch):

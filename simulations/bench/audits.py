@@ -22,8 +22,7 @@ from shared.progress import progress
 from simulations.audit.bounds import Coins, Scores, auc, count_correct, one_run_bound, tpr_at_fpr
 from simulations.audit.gaussian import gdp_one_run_bound
 from simulations.audit.power import CANARIES, EPSILONS, GUESSES, Bound, noise_for, power_table
-from simulations.bench.step import spread
-from simulations.machine import about, goal, goal_lines
+from simulations.machine import about, goal, goal_lines, spread
 
 EPSILON, DELTA = 2.0, 1e-5
 _ALARMS = 0.08  # of all null runs, where .05 is promised: 16 of 200, which chance exceeds in 2 % of measurements

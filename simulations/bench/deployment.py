@@ -33,8 +33,7 @@ from shared.progress import Progress, progress
 from shared.protocol.campaign import read_campaign
 from simulations.bench.loopback import Fleet, device_command, live, make_fleet, server_command
 from simulations.bench.seen_processes import Seen, see
-from simulations.bench.step import spread
-from simulations.machine import about
+from simulations.machine import about, spread
 
 DEVICES = 3
 _NAME = "deployment"

@@ -25,7 +25,7 @@ from shared.progress import Progress, progress
 from simulations.bench.deployment import checked_rounds
 from simulations.bench.loopback import Fleet, federation, make_fleet
 from simulations.bench.seen_processes import see
-from simulations.machine import about
+from simulations.machine import about, spread
 
 DEVICES = 2
 _NAME = "endurance"
@@ -210,8 +210,7 @@ def _size_bytes(path: Path) -> int:
 
 
 def _seconds(done: Iterable[Round]) -> dict[str, float]:
-    seconds = [line.seconds for line in done if line.seconds is not None]
-    return {"median": float(np.median(seconds)), "low": float(min(seconds)), "high": float(max(seconds))}
+    return spread([line.seconds for line in done if line.seconds is not None])
 
 
 def lines(measured: dict[str, Any]) -> list[str]:

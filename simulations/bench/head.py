@@ -35,10 +35,9 @@ from client.runtime.runtime import identity
 from client.training.site import use_threads
 from shared.errors import CampaignError
 from shared.progress import progress
-from simulations.bench.step import spread
 from simulations.bench.timed_answers import Answers, over
 from simulations.bench.trained_heads import EVERY_BLOCK, SHIPPED, Fleet, Trained, train
-from simulations.machine import about, goal, goal_lines
+from simulations.machine import about, goal, goal_lines, spread
 
 MODELS, LAYERS, PRECISIONS = ("minilm", "smollm2"), (SHIPPED, EVERY_BLOCK), ("fp32", "int8")
 _SWAPS = 50  # per timing, so that some milliseconds are not lost in the clock

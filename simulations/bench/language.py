@@ -31,8 +31,8 @@ from shared.models.products import resolve_precision
 from shared.privacy.calibration import make_policy
 from shared.privacy.noise import SeededRandomness
 from shared.progress import progress
-from simulations.bench.step import Silent, distance, spread
-from simulations.machine import about, goal, goal_lines
+from simulations.bench.step import Silent, distance
+from simulations.machine import about, goal, goal_lines, spread
 
 _SCENARIO = Path(__file__).parents[1] / "scenarios" / "sotu.toml"
 _RECORDS = 16  # of one author, in a step

@@ -16,7 +16,7 @@ import numpy as np
 from shared.errors import CampaignError
 from shared.privacy.noise import GRID_SIGMA, Randomness, SecureRandomness, SeededRandomness
 from shared.progress import progress
-from simulations.bench.step import spread
+from simulations.machine import spread
 
 COUNTS = (400, 1_000, 10_000, 100_000)
 _DRAWS = 200_000  # per timing, so that one call of some microseconds is not lost in the clock

@@ -27,12 +27,13 @@ def _print_peak(maker: str, name: str) -> None:
     run = getattr(importlib.import_module(module), function)(name)
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # room that the set-up freed would hide what a step takes
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is of what follows
-    before = _resident_mib("VmRSS")
+    before = resident_mib()
     run()
-    sys.stdout.write(f"{_resident_mib('VmHWM') - before:.1f}\n")
+    sys.stdout.write(f"{resident_mib('VmHWM') - before:.1f}\n")
 
 
-def _resident_mib(name: str) -> float:
+def resident_mib(name: str = "VmRSS") -> float:
+    """MiB of this process as the kernel counts them: resident now, or ``VmHWM``, at most so far."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     [line] = [line for line in status.splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) / 1024

@@ -29,8 +29,8 @@ from shared.models.model import Base
 from shared.progress import progress
 from simulations.bench.peak import peak_mib
 from simulations.bench.simulate import _average
-from simulations.bench.step import AllLayers, Silent, _Prepared, _with, distance, pad, plain_step, spread
-from simulations.machine import about
+from simulations.bench.step import AllLayers, Silent, _Prepared, _with, distance, pad, plain_step
+from simulations.machine import about, spread
 
 PEERS: Mapping[str, str] = {"dp-lora": "dp_lora", "opake-dpsgd": "opake.dpsgd"}  # package -> what it is imported as
 _SAME = 1e-4  # relative; further apart is another answer

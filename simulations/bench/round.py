@@ -29,9 +29,9 @@ from shared.privacy.noise import Randomness, SeededRandomness
 from shared.progress import progress
 from shared.protocol.campaign import Campaign
 from simulations.bench.simulate import _publish
-from simulations.bench.step import Silent, spread
+from simulations.bench.step import Silent
 from simulations.campaigns import FATAL
-from simulations.machine import about
+from simulations.machine import about, spread
 
 PINS = ("pfl[pytorch]==0.6.0", "torch>=2.13,<2.14")
 _ROUNDS = 5  # in one timing

@@ -37,8 +37,9 @@ from shared.privacy.calibration import make_policy
 from shared.progress import progress
 from shared.protocol.campaign import Campaign, write_campaign
 from shared.secure_sum.messages import Credential
+from simulations.bench.peak import resident_mib
 from simulations.campaigns import FATAL
-from simulations.machine import about, goal, goal_lines
+from simulations.machine import about, goal, goal_lines, spread
 
 USERS = (1_000, 10_000, 100_000)
 SUMS = (100, 1_000, 10_000)  # of secure sums under masks
@@ -254,20 +255,14 @@ class _Watch:
         """A device has answered."""
         self._answered += 1
         if self._last and self._answered % (self._size // _BLOCKS) == 0:
-            self.marks.append((self._answered, time.perf_counter() - self._began[0], _status_mib("VmRSS")))
+            self.marks.append((self._answered, time.perf_counter() - self._began[0], resident_mib()))
 
     def end(self) -> None:
         """A round has ended, its checkpoint is written."""
         wall, cpu, devices = self._began
         self.seconds, self.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
         self.device_s = self._stand.device_s[0] - devices
-        self.rss_mib = max([_status_mib("VmRSS"), *(resident for _, _, resident in self.marks)])
-
-
-def _status_mib(field: str) -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    [line] = [each for each in status.splitlines() if each.startswith(f"{field}:")]
-    return int(line.split()[1]) / 1024
+        self.rss_mib = max([resident_mib(), *(resident for _, _, resident in self.marks)])
 
 
 def _size(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -276,11 +271,11 @@ def _size(found: list[dict[str, Any]]) -> dict[str, Any]:
     answered = np.concatenate([np.array(run["marks"])[:, 0] for run in found])
     memory = np.concatenate([(marks := np.array(run["marks"]))[:, 2] - marks[:, 2].mean() for run in found])
     return {
-        "seconds": _spread([run["seconds"] for run in found]),
-        "cpu_s": _spread([run["cpu_s"] for run in found]),
-        "cpu_ms_per_user": _spread([1000 * run["cpu_s"] / size for run in found]),
-        "server_ms_per_user": _spread([1000 * (run["cpu_s"] - run["device_s"]) / size for run in found]),
-        "rss_mib": _spread([run["rss_mib"] for run in found]),
+        "seconds": spread([run["seconds"] for run in found]),
+        "cpu_s": spread([run["cpu_s"] for run in found]),
+        "cpu_ms_per_user": spread([1000 * run["cpu_s"] / size for run in found]),
+        "server_ms_per_user": spread([1000 * (run["cpu_s"] - run["device_s"]) / size for run in found]),
+        "rss_mib": spread([run["rss_mib"] for run in found]),
         "bytes_up": found[0]["bytes_up"],
         "bytes_down": found[0]["bytes_down"],
         "kib_per_user_within": _slope(answered, 1024 * memory),
@@ -301,10 +296,6 @@ def _slope(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     fitted = scipy.stats.linregress(x, y)
     half = float(scipy.stats.t.ppf(0.975, len(x) - 2)) * float(fitted.stderr)
     return {"value": float(fitted.slope), "low": float(fitted.slope) - half, "high": float(fitted.slope) + half}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": float(np.median(values)), "low": min(values), "high": max(values)}
 
 
 def lines(measured: dict[str, Any]) -> list[str]:

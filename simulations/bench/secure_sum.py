@@ -26,8 +26,7 @@ from shared.protocol.enrolment import certify_device, check_certificate, check_d
 from shared.secure_sum import masks
 from shared.secure_sum.graph import make_terms
 from shared.secure_sum.messages import Advert, Credential, Setting, Terms
-from simulations.bench.step import spread
-from simulations.machine import about
+from simulations.machine import about, spread
 
 COUNTS = (10_000, 100_000, 1_000_000)
 GROUPS = (10, 50, 100, 943)  # the last: the users of ml-100k

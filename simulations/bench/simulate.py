@@ -39,8 +39,9 @@ from shared.privacy.policy import Policy
 from shared.progress import progress
 from shared.protocol import wire
 from shared.protocol.campaign import Campaign
-from simulations.bench.step import AllLayers, compare_answers, spread
+from simulations.bench.step import AllLayers, compare_answers
 from simulations.campaigns import FATAL, open_campaign, plan_campaigns
+from simulations.machine import spread
 
 _REPEATED = 20  # of rounds with a linear head in one timing: a single one is lost in the clock
 _CLIENTS = 4  # timed both ways, at the quartiles of the number of records

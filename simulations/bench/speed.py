@@ -29,9 +29,9 @@ from shared.progress import progress
 from simulations.bench.language import _SCENARIO, _Device
 from simulations.bench.peak import peak_mib
 from simulations.bench.simulate import _average, _publish, _small
-from simulations.bench.step import Silent, _Prepared, _with, distance, pad, plain_step, spread
+from simulations.bench.step import Silent, _Prepared, _with, distance, pad, plain_step
 from simulations.campaigns import FATAL
-from simulations.machine import about, goal, goal_lines
+from simulations.machine import about, goal, goal_lines, spread
 
 _TOLERANCES: dict[str, float] = {"fp32": 1e-4, "mixed": 3e-2}  # of a clipped sum, relative
 _LANGUAGE_TOLERANCES: dict[str, float] = {"fp32": 5e-3, "mixed": 0.15}  # thirty blocks, drawn LoRA factors

@@ -5,7 +5,6 @@ interleaved, ratios are taken within a round, and the median of the rounds is re
 """
 
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from shared.models.model import Base
 from shared.privacy.calibration import make_policy
 from shared.privacy.noise import Randomness, SecureRandomness, SeededRandomness
 from shared.progress import progress
+from simulations.machine import spread
 
 _STEPS = 8  # of ours per timing, so that a linear step of a millisecond is not lost in the clock
 _TOLERANCE = 1e-4
@@ -113,11 +113,6 @@ def measure(*, rounds: int = 7, quiet: bool = False) -> dict[str, Any]:
         "machine": {"platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "opacus", "peft", "transformers")},
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def _with(scenario: Scenario, *, blocks: int, trust: str) -> Scenario:

@@ -16,8 +16,7 @@ from typing import Any
 
 from shared.errors import CampaignError
 from shared.progress import progress
-from simulations.bench.step import spread
-from simulations.machine import about, goal, goal_lines
+from simulations.machine import about, goal, goal_lines, spread
 from simulations.report.results import read_run
 from simulations.study.store import finished_runs
 

@@ -12,8 +12,8 @@ from client.runtime.generation import Generator
 from client.runtime.language import LanguageBase
 from client.runtime.runtime import FleetBase
 from shared.errors import CampaignError
-from simulations.bench.step import spread
 from simulations.bench.trained_heads import TOKENS, Fleet, Trained, peft_model
+from simulations.machine import spread
 
 NEW_TOKENS = 33  # the first comes of the prompt, 32 of decoding
 _PROMPT_TOKENS = 32

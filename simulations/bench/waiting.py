@@ -16,7 +16,7 @@ from shared.config import DataConfig
 from shared.errors import CampaignError
 from shared.progress import progress
 from simulations.bench.loopback import Fleet, federation, live, make_fleet
-from simulations.bench.seen_processes import see
+from simulations.bench.seen_processes import Seen, see
 from simulations.machine import about
 
 DEVICES = (2, 8)
@@ -86,19 +86,28 @@ def _of_size(size: int, *, seconds: float) -> dict[str, Any]:
             _wait_until_joined(fleet, processes)
             time.sleep(_SETTLE_S)
             server = processes["server"].pid
-            before, asked, began = see(server), live(fleet).get("front", {}), time.monotonic()
+            before, asked, began = see(server), _requests(fleet), time.monotonic()
             time.sleep(seconds)
-            after, asked_after = see(server), live(fleet).get("front", {})
+            after, asked_after = see(server), _requests(fleet)
             minutes = (time.monotonic() - began) / 60
+    return _while_waiting(before, after, requests=asked_after - asked, minutes=minutes)
+
+
+def _requests(fleet: Fleet) -> int:
+    """Requests through the front so far."""
+    return int(live(fleet).get("front", {}).get("requests", 0))
+
+
+def _while_waiting(before: Sequence[Seen], after: Sequence[Seen], *, requests: int, minutes: float) -> dict[str, Any]:
+    """What the server's programs took in these minutes; of one that began meanwhile, all."""
     cpu = dict.fromkeys(_PROGRAMS, 0.0)
     rss = dict(cpu)
     earlier = {each.pid: each.cpu_s for each in before}
-    for place_of, each in enumerate(after):
-        program = _PROGRAMS[min(place_of, 1)]
+    for nth, each in enumerate(after):
+        program = _PROGRAMS[min(nth, 1)]
         cpu[program] += (each.cpu_s - earlier.get(each.pid, 0.0)) / minutes
         rss[program] += each.rss_mib
-    requests = (asked_after.get("requests", 0) - asked.get("requests", 0)) / minutes
-    return {"cpu_s_per_minute": cpu, "rss_mib": rss, "requests_per_minute": requests}
+    return {"cpu_s_per_minute": cpu, "rss_mib": rss, "requests_per_minute": requests / minutes}
 
 
 def _wait_until_joined(fleet: Fleet, processes: Mapping[str, "subprocess.Popen[bytes]"]) -> None:
