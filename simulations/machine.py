@@ -5,7 +5,7 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,14 @@ def commit() -> str | None:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def spread_lines(values: Mapping[str, Mapping[str, float]], *, unit: str) -> list[str]:
+    """Medians with their range for a reader, a line each."""
+    return [
+        f"  {name:<48} {each['median']:9.2f} {unit:<2} [{each['low']:.2f}, {each['high']:.2f}]"
+        for name, each in values.items()
+    ]
 
 
 def goal(value: float, *, at_most: float | None = None, at_least: float | None = None) -> dict[str, float | bool]:

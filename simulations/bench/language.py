@@ -32,7 +32,7 @@ from shared.privacy.calibration import make_policy
 from shared.privacy.noise import SeededRandomness
 from shared.progress import progress
 from simulations.bench.step import Silent, distance
-from simulations.machine import about, goal, goal_lines, spread
+from simulations.machine import about, goal, goal_lines, spread, spread_lines
 
 _SCENARIO = Path(__file__).parents[1] / "scenarios" / "sotu.toml"
 _RECORDS = 16  # of one author, in a step
@@ -202,14 +202,10 @@ def _compare(base: Base, records: tuple[Record, ...], scenario: Scenario) -> flo
 def lines(measured: dict[str, Any]) -> list[str]:
     """The measurements for a reader."""
     size = f"{measured['records']} records, {measured['tokens']} tokens"
-    kinds = (("cpu_s_per_step", "s"), ("ratios", "x"))
     return [
         f"{measured['mode']}; {size}, {measured['rounds']} rounds",
-        *(
-            f"  {name:<48} {v['median']:9.2f} {unit}  [{v['low']:.2f}, {v['high']:.2f}]"
-            for kind, unit in kinds
-            for name, v in measured[kind].items()
-        ),
+        *spread_lines(measured["cpu_s_per_step"], unit="s"),
+        *spread_lines(measured["ratios"], unit="x"),
         f"  ours over all layers and opacus differ by {measured['answers_differ']:.1e}",
         *goal_lines(measured["goals"]),
     ]

@@ -41,7 +41,7 @@ from shared.protocol import wire
 from shared.protocol.campaign import Campaign
 from simulations.bench.step import AllLayers, compare_answers
 from simulations.campaigns import FATAL, open_campaign, plan_campaigns
-from simulations.machine import spread
+from simulations.machine import spread, spread_lines
 
 _REPEATED = 20  # of rounds with a linear head in one timing: a single one is lost in the clock
 _CLIENTS = 4  # timed both ways, at the quartiles of the number of records
@@ -306,14 +306,11 @@ def lines(measured: dict[str, Any]) -> list[str]:
     """The measurements for a reader."""
     out = [f"{measured['mode']}; {measured['clients']} clients, {measured['rounds']} rounds"]
     for title, unit, values in (
-        ("plain way over ours", "x ", measured["ratios"]["plain_over_ours"]),
+        ("plain way over ours", "x", measured["ratios"]["plain_over_ours"]),
         ("CPU per client-round", "ms", measured["cpu_ms_per_client_round"]),
         ("engine per client-round", "ms", measured["engine_ms_per_client_round"]),
     ):
-        out += [
-            f"  {title + ', ' + name:<44} {v['median']:9.2f} {unit} [{v['low']:.2f}, {v['high']:.2f}]"
-            for name, v in values.items()
-        ]
+        out += spread_lines({f"{title}, {name}": each for name, each in values.items()}, unit=unit)
     for title, unit, values in (
         ("start-up", "s", measured["start_up_s"]),
         ("one round of everybody", "s", measured["one_round_of_everybody"]),

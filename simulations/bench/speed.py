@@ -31,7 +31,7 @@ from simulations.bench.peak import peak_mib
 from simulations.bench.simulate import _average, _publish, _small
 from simulations.bench.step import Silent, _Prepared, _with, distance, pad, plain_step
 from simulations.campaigns import FATAL
-from simulations.machine import about, goal, goal_lines, spread
+from simulations.machine import about, goal, goal_lines, spread, spread_lines
 
 _TOLERANCES: dict[str, float] = {"fp32": 1e-4, "mixed": 3e-2}  # of a clipped sum, relative
 _LANGUAGE_TOLERANCES: dict[str, float] = {"fp32": 5e-3, "mixed": 0.15}  # thirty blocks, drawn LoRA factors
@@ -259,14 +259,8 @@ def _one_round(scenario: Scenario, base: Base, dataset: Any) -> float:
 def lines(measured: dict[str, Any]) -> list[str]:
     """The measurements for a reader."""
     out = [f"{measured['mode']}; {measured['processor']['name']}, {measured['rounds']} rounds"]
-    out += [
-        f"  {name:<44} {v['median']:9.2f} ms  [{v['low']:.2f}, {v['high']:.2f}]"
-        for name, v in measured["cpu_ms_per_step"].items()
-    ]
-    out += [
-        f"  {name:<44} {v['median']:9.2f} x   [{v['low']:.2f}, {v['high']:.2f}]"
-        for name, v in measured["ratios"].items()
-    ]
+    out += spread_lines(measured["cpu_ms_per_step"], unit="ms")
+    out += spread_lines(measured["ratios"], unit="x")
     out += [f"  product, {name:<35} {value:9.0f} GFLOP/s" for name, value in measured["gemm_gflops"].items()]
     out += [f"  {name} reaches {value:.0%} of it" for name, value in measured["fraction_of_gemm_peak"].items()]
     out += [

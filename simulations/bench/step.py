@@ -30,7 +30,7 @@ from shared.models.model import Base
 from shared.privacy.calibration import make_policy
 from shared.privacy.noise import Randomness, SecureRandomness, SeededRandomness
 from shared.progress import progress
-from simulations.machine import spread
+from simulations.machine import spread, spread_lines
 
 _STEPS = 8  # of ours per timing, so that a linear step of a millisecond is not lost in the clock
 _TOLERANCE = 1e-4
@@ -315,13 +315,7 @@ def _padding(scenario: Scenario, base: Base, dataset: Dataset) -> float:
 def lines(measured: dict[str, Any]) -> list[str]:
     """The measurements for a reader."""
     out = [f"{measured['mode']}; {measured['records']} records, {measured['rounds']} rounds"]
-    out += [
-        f"  {name:<44} {v['median']:9.2f} ms  [{v['low']:.2f}, {v['high']:.2f}]"
-        for name, v in measured["cpu_ms_per_step"].items()
-    ]
-    out += [
-        f"  {name:<44} {v['median']:9.2f} x   [{v['low']:.2f}, {v['high']:.2f}]"
-        for name, v in measured["ratios"].items()
-    ]
+    out += spread_lines(measured["cpu_ms_per_step"], unit="ms")
+    out += spread_lines(measured["ratios"], unit="x")
     out += [f"  {name} differ by {distance:.1e}" for name, distance in measured["answers_agree"].items()]
     return out
