@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -110,7 +111,9 @@ def leaves(
 def _help(parser: argparse.ArgumentParser) -> str:
     kind = cast(type[argparse.HelpFormatter], parser.formatter_class)
     parser.formatter_class = functools.partial(kind, width=_WIDTH)  # whatever terminal this is built in
-    return parser.format_help().rstrip().replace(str(Path.home()), "~")
+    said = parser.format_help().rstrip().replace(str(Path.home()), "~")
+    # Descriptions are left to the terminal to break, for the examples below them.
+    return "\n".join(line if line.startswith(" ") else textwrap.fill(line, _WIDTH) for line in said.splitlines())
 
 
 def settings() -> str:

@@ -29,6 +29,13 @@ first steps:
   sottovoce client predict --head RUN/heads/user-1 --text "Fargo (1996). Crime, Drama, Thriller"
 """
 
+_OF_STUDIES = {"matplotlib", "optuna", "pyarrow"}  # packages of the extra [study] alone
+_EXTRAS = {
+    "client": "train",
+    "server": "train",
+    "sweep": "study",
+}  # what a command needs beyond the base, or [simulate]
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user's to mend (one line says what), 130 interrupted."""
@@ -52,11 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sottovoce: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in {"client", "server", "shared", "simulations", "sottovoce"}:
+        package = (error.name or "").partition(".")[0]
+        if package in {"client", "server", "shared", "simulations", "sottovoce"}:
             raise
+        command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+        extra = "study" if package in _OF_STUDIES else _EXTRAS.get(command, "simulate")
         print(
-            f"sottovoce: this command needs the package {error.name}, which is not installed; "
-            "run: pip install 'sottovoce[simulate]'",
+            f"sottovoce: this command needs the package {package}, which is not installed; "
+            f"run: pip install 'sottovoce[{extra}]'",
             file=sys.stderr,
         )
         return 2

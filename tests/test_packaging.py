@@ -10,9 +10,11 @@ import sys
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from shared.config import load_scenario
 from shared.protocol.audits import read_audit
 from sottovoce import cli
 
@@ -111,6 +113,39 @@ def test_a_package_of_another_wheel_is_noticed(tmp_path):
     assert "package 'client' must be the one beside" in done.stderr
 
 
+def packages_of(extra: str) -> set[str]:
+    """What ``pip install 'sottovoce[extra]'`` brings beyond the base."""
+    found: set[str] = set()
+    for line in PROJECT["project"]["optional-dependencies"][extra]:
+        name, _, inner = re.match(r"([\w-]+)(\[([\w,]+)\])?", line).groups()
+        found |= set().union(*map(packages_of, inner.split(","))) if name == "sottovoce" else {name}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("sweep", "torch", "study"),
+        ("sweep", "pyarrow.parquet", "study"),
+        ("report", "matplotlib", "study"),
+        ("simulate", "plotly", "simulate"),
+        ("client", "torch", "train"),
+        ("server", "flwr.server", "train"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_extra_that_has_it(command, missing, extra, monkeypatch, capsys):
+    def handler(_):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(cli, "_parser", lambda: SimpleNamespace(parse_args=lambda _: SimpleNamespace(handler=handler)))
+    assert cli.main([command]) == 2
+    package = missing.partition(".")[0]
+    assert package in packages_of(extra)
+    assert f"needs the package {package}, which is not installed; run: pip install 'sottovoce[{extra}]'" in (
+        capsys.readouterr().err
+    )
+
+
 def commands_of_readme() -> list[str]:
     lines = re.findall(r"^sottovoce .*", README, re.MULTILINE)
     return [line.split("#")[0].strip() for line in lines]
@@ -124,6 +159,16 @@ def test_the_readme_shows_commands():
 def test_every_command_of_the_readme_is_understood(line):
     options = cli._parser().parse_args(shlex.split(line)[1:])
     assert callable(options.handler)
+
+
+def test_the_campaigns_of_the_readme_have_devices_enough():
+    """Each device may be asked so often that the rounds are filled; ``server init`` refuses the rest."""
+    for line in commands_of_readme():
+        options = cli._parser().parse_args(shlex.split(line)[1:])
+        if getattr(options, "clients", None) and options.scenario:
+            scenario = load_scenario(ROOT / options.scenario)
+            asked = scenario.federation.rounds * scenario.federation.cohort_size
+            assert options.clients * scenario.privacy.max_participations >= asked, line
 
 
 def test_the_scenarios_and_documents_the_readme_names_exist():

@@ -200,6 +200,24 @@ def test_the_page_holds_every_number_and_loads_nothing(folder, found):
     assert "NOT PRIVATE" in text
 
 
+@pytest.mark.parametrize(("better", "best"), [("less", 2), ("more", 0)])
+def test_every_trial_of_a_search_is_shown_the_best_first(studies, tmp_path, better, best):
+    made = studies.invented_study(tmp_path / "study")
+    plan = json.loads((made / "study.json").read_text())
+    trials = [(0, 0.91, "a"), (1, None, "<b>"), (2, 0.89, "c"), (3, 0.9, "d")]
+    plan["tuning"] = {
+        "settings": {"federation.method": {}}, "row": "personal", "metric": "rmse", "better": better, "best": best,
+        "trials": [{"trial": n, "settings": {"federation.method": name}, "score": s} for n, s, name in trials],
+    }  # fmt: skip
+    (made / "study.json").write_text(json.dumps(plan))
+    text = write_report(made).read_text(encoding="utf-8")
+    rows = re.findall(r'<th scope="row">(\d)([^<]*)</th><td>([^<]*)</td><td>([^<]*)</td>', text)
+    ranked = [2, 3, 0, 1] if better == "less" else [0, 3, 2, 1]
+    assert [int(row[0]) for row in rows] == ranked
+    assert rows[0][1] == " (chosen)"
+    assert rows[-1][2:] == ("&lt;b&gt;", "failed")
+
+
 def test_no_text_of_a_study_can_close_its_script(found):
     wicked = [
         type(one)(

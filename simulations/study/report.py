@@ -112,6 +112,8 @@ def _opening(folder: Path, study: Study, plan: dict[str, Any], found: Found) -> 
     )
     if told := plan.get("said") or []:
         yield f"<h2>What was chosen, and what the choice costs</h2>\n<ul>{page.items(map(html.escape, told))}</ul>"
+    if tuning := plan.get("tuning"):
+        yield page.details("Every trial", _trials(tuning))
     if failures:
         yield "<h2>What failed</h2>"
         yield f"<p>{len(failures)} of {len(runs)} runs ended with an error and are in no figure.</p>"
@@ -127,6 +129,29 @@ def _opening(folder: Path, study: Study, plan: dict[str, Any], found: Found) -> 
     finished = {one.group.label for one in found.results}
     if missing := sorted(point for point in points if point not in finished and not _is_trial(runs, point)):
         yield f'<p class="warn">Not in the figures, because not finished: {html.escape("; ".join(missing))}.</p>'
+
+
+def _trials(tuning: dict[str, Any]) -> str:
+    """What was tried and scored on validation records, the best first, those that failed last."""
+    sign = 1 if tuning["better"] == "less" else -1
+    ranked = sorted(
+        tuning["trials"], key=lambda one: (one["score"] is None, sign * (one["score"] or 0.0), one["trial"])
+    )
+    keys = list(tuning["settings"])
+    rows = [
+        [
+            f"{one['trial']}{' (chosen)' if one['trial'] == tuning['best'] else ''}",
+            *(_short(one["settings"].get(key)) for key in keys),
+            "failed" if one["score"] is None else f"{one['score']:.4f}",
+        ]
+        for one in ranked
+    ]
+    head = ["trial", *map(html.escape, keys), f"{html.escape(tuning['metric'])}, validation"]
+    return page.table(f"Trials by the row {tuning['row']}, on validation records", head, rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else page.text(value)
 
 
 def _not_audited(folder: Path, runs: Sequence[dict[str, Any]]) -> list[str]:
